@@ -1,0 +1,1 @@
+//! Buses, PCI and platform devices.

@@ -1,0 +1,1 @@
+//! The protocol between the launcher and the agent in the guest.

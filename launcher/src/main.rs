@@ -1,0 +1,3 @@
+//! Templates and applications: runs each application in its own virtual machine.
+
+fn main() {}

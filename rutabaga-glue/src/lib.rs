@@ -1,0 +1,1 @@
+//! Cross-domain virtio-gpu engine on rutabaga_gfx.

@@ -1,0 +1,1 @@
+//! Whole-VM tests: they drive the programs as a user does.

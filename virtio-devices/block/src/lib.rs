@@ -1,0 +1,1 @@
+//! Disk image formats and I/O engines, no virtio.

@@ -1,0 +1,1 @@
+//! Virtio devices as synchronous state machines, and the virtio-pci transport.

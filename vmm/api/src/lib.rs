@@ -1,0 +1,1 @@
+//! Requests, HTTP codec with file descriptors, and the client of the VMM's socket.

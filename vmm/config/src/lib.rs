@@ -1,0 +1,1 @@
+//! The one configuration value of a virtual machine.

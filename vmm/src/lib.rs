@@ -1,0 +1,1 @@
+//! Turns one configuration value into a running virtual machine.
