@@ -1,1 +1,3 @@
 //! Turns one configuration value into a running virtual machine.
+
+pub mod cli;
