@@ -60,7 +60,7 @@ const MACHINE: &[&str] = &[
 
 /// Run a virtual machine. With a kernel it is booted at once; without one, the VMM waits for requests on its API socket.
 #[derive(Clone, Debug, Parser)]
-#[command(version, max_term_width = 120)]
+#[command(name = "spectrum-vmm", version, max_term_width = 120)]
 pub struct Cli {
     /// Answer requests on this Unix socket; fd=N is a listening socket that is already open
     #[arg(long, value_name = "PATH|path=PATH|fd=N", value_parser = Endpoint::parse_or_path)]
