@@ -1,5 +1,6 @@
 //! Everything specific to x86_64 guests.
 
+pub mod acpi;
 pub mod boot;
 pub mod cpuid;
 pub mod lapic;
