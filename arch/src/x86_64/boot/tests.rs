@@ -108,7 +108,10 @@ fn bzimage_is_entered_in_64_bit_mode() {
     assert_eq!(entry.regs.general.rip, LOAD + 0x200);
     assert_eq!(entry.regs.general.rsi, ZERO_PAGE);
     assert_eq!(entry.regs.general.rflags, 2);
-    assert_eq!(entry.regs.special.efer, 0x500);
+    let special = entry.regs.special;
+    assert_eq!((special.cr0, special.cr3, special.cr4, special.efer), (0x8000_0011, layout::PML4_START, 0x20, 0x500));
+    assert_eq!(read_vec(&memory, layout::PML4_START, 8), (layout::PDPT_START | 3).to_le_bytes());
+    assert_ne!(read_vec(&memory, special.gdt.base + 16, 8), [0; 8]);
     assert_eq!(entry.regs.special.cs.l, 1);
     assert_eq!(read_vec(&memory, LOAD, 4096), bzimage()[3 * 512..]);
     assert_eq!(read_vec(&memory, layout::CMDLINE_START, 6), b"quiet\0");
@@ -156,6 +159,7 @@ fn elf_is_entered_by_its_pvh_note() {
     assert_eq!(entry.regs.general.rbx, PVH_START_INFO);
     assert_eq!((entry.regs.special.cr0, entry.regs.special.cr4, entry.regs.special.efer), (0x11, 0, 0));
     assert_eq!((entry.regs.special.cs.l, entry.regs.special.cs.db), (0, 1));
+    assert_ne!(read_vec(&memory, entry.regs.special.gdt.base + 16, 8), [0; 8]);
     assert_eq!(read_vec(&memory, LOAD, 4096), elf()[CODE_AT..]);
     assert_eq!(read_vec(&memory, layout::CMDLINE_START, 9), b"panic=-1\0");
 
