@@ -9,6 +9,7 @@
 pub mod device;
 pub mod gpu;
 pub mod mapping;
+pub mod pmem;
 pub mod registry;
 pub mod rng;
 #[cfg(any(test, feature = "testkit"))]
