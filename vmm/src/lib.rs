@@ -1,1 +1,4 @@
 //! Turns one configuration value into a running virtual machine.
+
+pub mod cli;
+pub mod inherited;
