@@ -3,8 +3,9 @@
 use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial as Uart, Trigger};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
@@ -20,22 +21,36 @@ impl Trigger for Line {
     }
 }
 
+/// Tells the owner of the port's input that there is room again.
+struct Drained(EventFd);
+
+impl SerialEvents for Drained {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        // A full counter says it as well.
+        let _ = self.0.write(1);
+    }
+}
+
 /// Where the port's output goes. It must not block for long: a vCPU waits for it.
 pub type Output = Box<dyn Write + Send>;
 
 /// A serial port.
 pub struct Serial {
-    uart: Mutex<Uart<Line, NoEvents, Output>>,
+    uart: Mutex<Uart<Line, Drained, Output>>,
 }
 
 impl Serial {
-    /// A port that interrupts through `irq` and sends what the guest writes to `output`.
+    /// A port that interrupts through `irq`, sends what the guest writes to `output`, and signals `drained` when the
+    /// guest has read all of its input.
     #[must_use]
-    pub fn new(irq: Arc<dyn IrqLine>, output: Output) -> Self {
-        Self { uart: Mutex::new(Uart::new(Line(irq), output)) }
+    pub fn new(irq: Arc<dyn IrqLine>, output: Output, drained: EventFd) -> Self {
+        Self { uart: Mutex::new(Uart::with_events(Line(irq), Drained(drained), output)) }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Uart<Line, NoEvents, Output>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Uart<Line, Drained, Output>> {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -96,7 +111,8 @@ mod tests {
     #[test]
     fn output_goes_out_and_input_comes_in() {
         let (irq, out) = (Arc::new(Count::default()), Shared::default());
-        let serial = Serial::new(irq.clone(), Box::new(out.clone()));
+        let drained = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        let serial = Serial::new(irq.clone(), Box::new(out.clone()), drained.try_clone().unwrap());
         serial.write(0, b"h");
         serial.write(0, b"i");
         serial.write(0, b"no");
@@ -107,6 +123,9 @@ mod tests {
         let mut byte = [0];
         serial.read(0, &mut byte);
         assert_eq!(byte, *b"x");
+        assert!(drained.read().is_err(), "one byte is left");
+        serial.read(0, &mut byte);
+        assert_eq!(drained.read().unwrap(), 1);
         assert!(serial.room() > 0);
         let room = serial.room();
         assert!(room < 4096);

@@ -22,7 +22,7 @@ impl BusDevice for DebugPort {
 
     fn write(&self, _offset: u64, data: &[u8]) {
         if let Some(code) = data.first() {
-            log::info!("debug port: {code:#04x} after {} us", self.start.elapsed().as_micros());
+            log::debug!("debug port: {code:#04x} after {} us", self.start.elapsed().as_micros());
         }
     }
 }

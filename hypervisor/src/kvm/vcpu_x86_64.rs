@@ -16,6 +16,8 @@ use crate::{Error, Exit, ExitHandler, Vcpu, VcpuSetup};
 thread_local! {
     /// `kvm_run.immediate_exit` of the vCPU this thread runs, while it runs one.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+    /// A kick came while this thread was not running its vCPU; the next run comes back at once.
+    static KICKED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// The signal that makes [`Vcpu::run`] come back.
@@ -27,7 +29,9 @@ pub fn kick_signal() -> i32 {
 #[expect(unsafe_code, reason = "a signal handler writes one byte of a mapping")]
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let flag = IMMEDIATE_EXIT.get();
-    if !flag.is_null() {
+    if flag.is_null() {
+        KICKED.set(true);
+    } else {
         // SAFETY: the pointer is set only while this thread is inside `run`, which borrows the vCPU and with it the
         // mapping of kvm_run; a volatile byte store is async-signal-safe.
         unsafe { flag.write_volatile(1) };
@@ -158,7 +162,8 @@ impl Vcpu for KvmVcpu {
     fn run(&mut self, handler: &mut dyn ExitHandler) -> Result<Exit, Error> {
         let flag: *mut u8 = &raw mut self.fd.get_kvm_run().immediate_exit;
         IMMEDIATE_EXIT.set(flag);
-        let result = run_once(&mut self.fd, handler);
+        // Looked at only now: a kick from here on finds the flag.
+        let result = if KICKED.take() { Ok(Exit::Interrupted) } else { run_once(&mut self.fd, handler) };
         IMMEDIATE_EXIT.set(ptr::null_mut());
         if result == Ok(Exit::Interrupted) {
             self.fd.set_kvm_immediate_exit(0);
