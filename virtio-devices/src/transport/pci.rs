@@ -76,10 +76,10 @@ enum Running {
     /// The driver has not set DRIVER_OK, or has reset the device.
     Idle(Box<dyn Device>),
     /// On its thread.
-    Worker(Worker),
+    OnThread,
     /// Paused by the VMM.
     Paused(Box<dyn Device>, Active),
-    /// The thread panicked or could not start; only a new machine helps.
+    /// The thread panicked, or the device was shut down; only a new machine helps.
     Gone,
 }
 
@@ -87,6 +87,7 @@ struct Inner {
     config: PciConfig,
     common: CommonConfig,
     running: Running,
+    worker: Worker,
     /// Queues whose doorbell is registered.
     doorbells: Vec<usize>,
 }
@@ -98,7 +99,6 @@ pub struct PciTransport {
     bar0: u64,
     mem: GuestMemoryAtomic<Memory>,
     doorbells: Arc<dyn Doorbells>,
-    thread_setup: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
     interrupt: Arc<PciInterrupt>,
     kicks: Vec<Arc<EventFd>>,
     msix_control: u8,
@@ -168,6 +168,8 @@ impl PciTransport {
             .ok_or_else(|| bad("too many capabilities"))?;
         let kicks = (0..queues).map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new)).collect::<Result<_, _>>()?;
         let common = CommonConfig::new(traits.features, &traits.queue_sizes);
+        let thread_setup = setup.thread_setup;
+        let worker = Worker::spawn(&setup.id, Box::new(move || thread_setup()))?;
         Ok(Arc::new(Self {
             id: setup.id,
             interrupt: Arc::new(PciInterrupt::new(msix, queues)),
@@ -175,11 +177,16 @@ impl PciTransport {
             bar0: setup.bar0,
             mem: setup.mem,
             doorbells: setup.doorbells,
-            thread_setup: setup.thread_setup,
             kicks,
             msix_control,
             pci_cfg,
-            inner: Mutex::new(Inner { config, common, running: Running::Idle(setup.device), doorbells: Vec::new() }),
+            inner: Mutex::new(Inner {
+                config,
+                common,
+                running: Running::Idle(setup.device),
+                worker,
+                doorbells: Vec::new(),
+            }),
         }))
     }
 
@@ -191,7 +198,7 @@ impl PciTransport {
     pub fn pause(&self) {
         let mut inner = self.lock();
         inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
-            Running::Worker(worker) => match worker.stop() {
+            Running::OnThread => match inner.worker.stop() {
                 Some((device, active)) => Running::Paused(device, active),
                 None => self.lost(),
             },
@@ -203,7 +210,7 @@ impl PciTransport {
     pub fn resume(&self) {
         let mut inner = self.lock();
         inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
-            Running::Paused(device, active) => self.run(device, active),
+            Running::Paused(device, active) => self.run(&inner.worker, device, active),
             other => other,
         };
     }
@@ -212,8 +219,8 @@ impl PciTransport {
     pub fn shut_down(&self) {
         let mut inner = self.lock();
         self.remove_doorbells(&mut inner);
-        if let Running::Worker(worker) = std::mem::replace(&mut inner.running, Running::Gone) {
-            drop(worker.stop());
+        if let Running::OnThread = std::mem::replace(&mut inner.running, Running::Gone) {
+            drop(inner.worker.stop());
         }
     }
 
@@ -223,16 +230,8 @@ impl PciTransport {
         Running::Gone
     }
 
-    fn run(&self, device: Box<dyn Device>, active: Active) -> Running {
-        let setup = self.thread_setup.clone();
-        match Worker::start(&self.id, device, active, self.kicks.clone(), Box::new(move || setup())) {
-            Ok(worker) => Running::Worker(worker),
-            Err(e) => {
-                log::error!("{}: {e}", self.id);
-                self.interrupt.needs_reset();
-                Running::Gone
-            }
-        }
+    fn run(&self, worker: &Worker, device: Box<dyn Device>, active: Active) -> Running {
+        if worker.start(device, active, self.kicks.clone()) { Running::OnThread } else { self.lost() }
     }
 
     fn doorbell(&self, queue: usize) -> u64 {
@@ -276,7 +275,7 @@ impl PciTransport {
         self.add_doorbells(inner);
         if let Running::Idle(device) = std::mem::replace(&mut inner.running, Running::Gone) {
             let active = Active::new(queues, self.mem.clone(), self.interrupt.clone(), inner.common.accepted);
-            inner.running = self.run(device, active);
+            inner.running = self.run(&inner.worker, device, active);
         }
     }
 
@@ -284,7 +283,7 @@ impl PciTransport {
     fn reset(&self, inner: &mut Inner) {
         self.remove_doorbells(inner);
         inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
-            Running::Worker(worker) => match worker.stop() {
+            Running::OnThread => match inner.worker.stop() {
                 Some((device, _)) => Running::Idle(device),
                 None => self.lost(),
             },
