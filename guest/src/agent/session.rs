@@ -426,8 +426,8 @@ mod tests {
         for _ in 0..4 {
             session.send(&ToAgent::Stdin(vec![0; STDIN_WINDOW - 1]));
         }
-        let closed = session.link.exchange(20);
-        assert!(closed.is_err(), "{closed:?}");
+        // Credit for what fitted into the pipe may come first.
+        while session.link.exchange(20).is_ok() {}
         assert!(matches!(session.thread.join().unwrap(), Err(SessionError::TooMuchInput)));
     }
 
