@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use hypervisor::kvm::Kvm;
+use rutabaga_glue::RutabagaFactory;
 use vmm::cli::{Cli, Endpoint};
 use vmm::sandbox::Unconfined;
 use vmm::{Outcome, Vmm, inherited};
@@ -37,7 +38,7 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         Some(Endpoint::Fd(fd)) => Some(Server::from_listener(inherited::take(*fd)?)?),
         None => None,
     };
-    let mut vmm = Vmm::new(Arc::new(Kvm::open()?), Box::new(NoRenderer), Box::new(Unconfined))?;
+    let mut vmm = Vmm::new(Arc::new(Kvm::open()?), Box::new(RutabagaFactory), Box::new(Unconfined))?;
     vmm.end_on(signals()?);
     if let Some(server) = server {
         vmm.serve(server);
@@ -48,9 +49,6 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
     }
     Ok(vmm.run()?)
 }
-
-struct NoRenderer;
-impl virtio_devices::gpu::RendererFactory for NoRenderer {}
 
 /// A socket on which something arrives when the process is asked to end.
 fn signals() -> io::Result<UnixStream> {
