@@ -15,5 +15,6 @@ pub mod registry;
 pub mod rng;
 #[cfg(any(test, feature = "testkit"))]
 pub mod testkit;
+pub mod transport;
 pub mod virtqueue;
 pub mod worker;

@@ -319,7 +319,8 @@ impl Driver {
     pub fn start_worker(mut self) -> RunningDriver {
         let device = self.device.take().unwrap();
         let active = self.active.take().unwrap();
-        let worker = Worker::start("test", device, active, self.kicks.clone(), Box::new(|| Ok(()))).unwrap();
+        let worker = Worker::spawn("test", Box::new(|| Ok(()))).unwrap();
+        assert!(worker.start(device, active, self.kicks.clone()));
         RunningDriver { driver: self, worker }
     }
 }
