@@ -19,7 +19,10 @@ fn main() -> ExitCode {
     };
     match run(&cli) {
         Ok(Outcome::Ended) => ExitCode::SUCCESS,
-        Ok(Outcome::Failed) => ExitCode::FAILURE,
+        Ok(Outcome::Failed(why)) => {
+            eprintln!("spectrum-vmm: {why}");
+            ExitCode::FAILURE
+        }
         Err(e) => {
             eprintln!("spectrum-vmm: {e}");
             ExitCode::FAILURE
