@@ -142,9 +142,9 @@ impl VirtQueue {
         self.budget == 0
     }
 
-    /// Whether the ring was found empty since the driver was last asked for kicks.
-    pub(crate) fn drained(&self) -> bool {
-        self.drained
+    /// Whether something was popped since the last [`VirtQueue::rearm`], or was looked for in vain.
+    pub(crate) fn wants_rearm(&self) -> bool {
+        self.drained || self.budget != self.queue.size()
     }
 
     /// How many chains the device holds.

@@ -291,12 +291,12 @@ impl Running {
         Ok(())
     }
 
-    /// A call may have popped from any queue: give each its next share. One that was found empty must ask for kicks
-    /// anew: with the event index the driver was last told a place in the ring that may be behind us by now.
+    /// A call may have popped from any queue: give each its next share, and ask the driver for kicks where it
+    /// found the ring empty (with event indices the driver would stay silent otherwise).
     fn refill(&mut self) -> Result<(), Broken> {
         for (index, kick) in self.kicks.iter().enumerate() {
             let Some(queue) = self.active.queues.get_mut(index) else { continue };
-            if (queue.exhausted() || queue.drained()) && queue.rearm()? {
+            if queue.wants_rearm() && queue.rearm()? {
                 let _ = kick.write(1);
             }
         }

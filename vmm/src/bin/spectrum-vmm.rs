@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use hypervisor::kvm::Kvm;
+use rutabaga_glue::RutabagaFactory;
 use vmm::cli::{Cli, Endpoint};
 use vmm::sandbox::Unconfined;
 use vmm::{Outcome, Vmm, inherited};
@@ -19,7 +20,10 @@ fn main() -> ExitCode {
     };
     match run(&cli) {
         Ok(Outcome::Ended) => ExitCode::SUCCESS,
-        Ok(Outcome::Failed) => ExitCode::FAILURE,
+        Ok(Outcome::Failed(why)) => {
+            eprintln!("spectrum-vmm: {why}");
+            ExitCode::FAILURE
+        }
         Err(e) => {
             eprintln!("spectrum-vmm: {e}");
             ExitCode::FAILURE
@@ -34,7 +38,7 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         Some(Endpoint::Fd(fd)) => Some(Server::from_listener(inherited::take(*fd)?)?),
         None => None,
     };
-    let mut vmm = Vmm::new(Arc::new(Kvm::open()?), Box::new(NoRenderer), Box::new(Unconfined))?;
+    let mut vmm = Vmm::new(Arc::new(Kvm::open()?), Box::new(RutabagaFactory), Box::new(Unconfined))?;
     vmm.end_on(signals()?);
     if let Some(server) = server {
         vmm.serve(server);
@@ -45,9 +49,6 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
     }
     Ok(vmm.run()?)
 }
-
-struct NoRenderer;
-impl virtio_devices::gpu::RendererFactory for NoRenderer {}
 
 /// A socket on which something arrives when the process is asked to end.
 fn signals() -> io::Result<UnixStream> {
