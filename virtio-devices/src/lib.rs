@@ -1,1 +1,19 @@
-//! Virtio devices as synchronous state machines, and the virtio-pci transport.
+//! Virtio devices as synchronous state machines, the virtio-pci transport, and the worker that runs devices.
+//!
+//! Start reading at [`device`], the whole device contract. A device is a folder here and one line in [`registry`].
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unreachable)
+)]
+
+pub mod device;
+pub mod gpu;
+pub mod mapping;
+pub mod pmem;
+pub mod registry;
+pub mod rng;
+#[cfg(any(test, feature = "testkit"))]
+pub mod testkit;
+pub mod transport;
+pub mod virtqueue;
+pub mod worker;

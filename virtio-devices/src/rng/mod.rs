@@ -1,0 +1,32 @@
+//! Entropy device (virtio 1.3 section 5.4): fills the driver's buffers from a file of the host.
+
+mod device;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+
+use vmm_config::{HostFacts, VmConfig};
+
+pub use device::Rng;
+
+use crate::registry::{BuildContext, BuildError, Built, Kind, Request, Syscall};
+
+/// The kind's entry in the registry.
+pub const KIND: Kind = Kind { name: "rng", requests, build, syscalls: SYSCALLS };
+
+fn requests(_config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
+    vec![Request { id: "_rng".into(), index: 0, window: None }]
+}
+
+fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
+    let path = &ctx.config.rng.src;
+    let source = File::open(path).map_err(|source| BuildError::Open {
+        device: ctx.request.id.clone(),
+        path: path.clone(),
+        source,
+    })?;
+    Ok(Built { device: Box::new(Rng::new(source)), memory: None })
+}
+
+const SYSCALLS: &[Syscall] = &[Syscall { number: libc::SYS_read, why: "fill guest buffers from the entropy source" }];
