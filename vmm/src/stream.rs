@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcsetattr};
 use virtio_devices::registry::ConsoleEnds;
 use vmm_config::{ConsoleConfig, ConsoleMode};
 
@@ -39,7 +39,7 @@ struct RawMode {
 }
 
 impl RawMode {
-    /// Puts standard input into raw mode, if it is a terminal.
+    /// Puts standard input into raw mode, if it is a terminal. All keys go to the guest but Ctrl-C, which ends the VMM.
     fn enter() -> io::Result<Option<Self>> {
         let stdin = io::stdin();
         if !isatty(&stdin) {
@@ -48,6 +48,10 @@ impl RawMode {
         let saved = tcgetattr(&stdin)?;
         let mut raw = saved.clone();
         raw.make_raw();
+        raw.local_modes |= LocalModes::ISIG;
+        // Zero is no character (_POSIX_VDISABLE).
+        raw.special_codes[SpecialCodeIndex::VQUIT] = 0;
+        raw.special_codes[SpecialCodeIndex::VSUSP] = 0;
         tcsetattr(&stdin, OptionalActions::Now, &raw)?;
         Ok(Some(Self { saved }))
     }
