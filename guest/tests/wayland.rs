@@ -125,20 +125,21 @@ fn toolkits_draw_their_windows() {
 }
 
 #[test]
-fn the_clipboard_crosses_both_ways() {
+fn the_clipboard_and_the_primary_selection_cross_both_ways() {
     let (desktop, _alone) = desktop();
-    let mime = "application/octet-stream";
+    selections_cross(&desktop, &["-t", "application/octet-stream"]);
+    selections_cross(&desktop, &["-t", "application/octet-stream", "--primary"]);
+}
+
+fn selections_cross(desktop: &Desktop, options: &[&str]) {
     let copy = |mut command: std::process::Command, name: &str, data: &[u8]| {
         std::fs::write(desktop.file(name), data).unwrap();
         let source = std::fs::File::open(desktop.file(name)).unwrap();
-        spawn(command.args(["--foreground", "--type", mime]).stdin(source))
+        spawn(command.arg("--foreground").args(options).stdin(source))
     };
     let paste = |mut command: std::process::Command, expected: &[u8]| {
-        wait_for("the clipboard's contents", || {
-            let output = run(command.args(["-n", "-t", mime]).stderr(Stdio::null()));
-            command.args(std::iter::empty::<&str>());
-            (output.stdout == expected).then_some(())
-        });
+        command.arg("-n").args(options).stderr(Stdio::null());
+        wait_for("the clipboard's contents", || (run(&mut command).stdout == expected).then_some(()));
     };
     for (round, data) in [b"host-secret-42".to_vec(), megabyte()].into_iter().enumerate() {
         let _copy = copy(desktop.host("wl-copy"), &format!("host-{round}"), &data);

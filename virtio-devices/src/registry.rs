@@ -130,5 +130,7 @@ pub struct Kind {
 pub const KINDS: &[&Kind] = &[
     &crate::rng::KIND,
     &crate::pmem::KIND,
+    &crate::console::KIND,
     &crate::gpu::KIND,
+    &crate::vsock::KIND,
 ];
