@@ -280,6 +280,13 @@ impl Driver {
             .collect()
     }
 
+    /// The used ring's index: how many chains ever came back, modulo 2^16.
+    #[must_use]
+    pub fn used_idx(&self, queue: u16) -> u16 {
+        let (_, _, used) = area(usize::from(queue));
+        self.mem.memory().read_obj(GuestAddress(used + 2)).unwrap()
+    }
+
     /// The bytes now in buffer number `part` of the chain at `head`.
     #[must_use]
     pub fn read(&self, queue: u16, head: u16, part: usize) -> Vec<u8> {
@@ -338,6 +345,16 @@ impl RunningDriver {
     /// If the mock guest is out of memory.
     pub fn offer(&mut self, queue: u16, buffers: &[Buffer]) -> u16 {
         let head = self.driver.offer(queue, buffers);
+        self.driver.kicks[usize::from(queue)].write(1).unwrap();
+        head
+    }
+
+    /// Makes a chain of (address, length, device-writable) available and kicks.
+    ///
+    /// # Panics
+    /// If the kick fails.
+    pub fn offer_parts(&mut self, queue: u16, parts: &[(u64, u32, bool)]) -> u16 {
+        let head = self.driver.offer_parts(queue, parts);
         self.driver.kicks[usize::from(queue)].write(1).unwrap();
         head
     }
