@@ -5,6 +5,7 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Everything the scripts prepare; never under version control. Several checkouts may share one.
 BUILD=${SPECTRUM_BUILD:-$ROOT/build}
+# shellcheck disable=SC2034 # used by those who source this
 KERNEL_DIR=$BUILD/kernel
 
 # say TEXT...: one line to the person who watches, kept out of the command's own output.
@@ -31,13 +32,20 @@ has_hardware_kvm() {
     grep -Eqw 'svm|vmx' /proc/cpuinfo && (exec 9<>/dev/kvm) 2>/dev/null
 }
 
-# run_vm CMD...: runs a command that needs a true /dev/kvm, here if there is one, otherwise in the sandbox.
+# run_vm [--memory SIZE] [--timeout SECONDS] [--share DIR] -- CMD...: runs a command that needs a true /dev/kvm, here if there is
+# one, otherwise in the sandbox; either way it finds DIR as $SANDBOX_SHARE.
 run_vm() {
-    if has_hardware_kvm; then
-        "$@"
-    else
-        "$ROOT/scripts/sandbox" -- "$@"
+    local limit=0 share=""
+    if ! has_hardware_kvm; then
+        "$ROOT/scripts/sandbox" "$@"
+        return
     fi
+    while [ "$1" != -- ]; do
+        case $1 in --timeout) limit=$2 ;; --share) share=$2 ;; esac
+        shift 2
+    done
+    shift
+    SANDBOX_SHARE=${share:-$(mktemp -d)} timeout --foreground --kill-after=10 "$limit" "$@"
 }
 
 # locked NAME CMD...: one at a time, for what two scripts must not prepare at once. A no-op when this process holds the lock.

@@ -1,3 +1,39 @@
 //! PID 1, agent and Wayland proxy of an application VM: one static multi-call binary.
+//!
+//! The kernel starts it as `/init` of the initramfs. As PID 1 it mounts the template's root, then starts itself again for
+//! the other parts, which are chosen by the first argument.
 
-fn main() {}
+mod agent;
+mod console;
+mod init;
+mod sys;
+
+use std::process::ExitCode;
+
+use console::say;
+
+const USAGE: &str = "usage: spectrum-guest init | agent | wayland";
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    if rustix::process::getpid().is_init() || name.to_string_lossy().ends_with("/init") {
+        return init::main();
+    }
+    let part = arguments.next().unwrap_or_default();
+    match part.to_str() {
+        Some("init") => init::main(),
+        Some("agent") => agent::main(),
+        Some("wayland") => wayland(),
+        _ => {
+            say!("{USAGE}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The Wayland proxy. Its listening socket is standard input, made by PID 1 so that it exists before any application.
+fn wayland() -> ExitCode {
+    say!("wayland: this build has no Wayland proxy");
+    ExitCode::FAILURE
+}

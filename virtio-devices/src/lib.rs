@@ -9,9 +9,11 @@
 pub mod device;
 pub mod gpu;
 pub mod mapping;
+pub mod pmem;
 pub mod registry;
 pub mod rng;
 #[cfg(any(test, feature = "testkit"))]
 pub mod testkit;
+pub mod transport;
 pub mod virtqueue;
 pub mod worker;

@@ -2,6 +2,7 @@
 //!
 //! [`Driver`] plays the guest. [`Driver::offer`] makes a chain available, [`Driver::run`] is the kick,
 //! [`Driver::used`] is what came back. `conformance_tests!` gives a device the tests every device must pass.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests may")]
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -319,7 +320,8 @@ impl Driver {
     pub fn start_worker(mut self) -> RunningDriver {
         let device = self.device.take().unwrap();
         let active = self.active.take().unwrap();
-        let worker = Worker::start("test", device, active, self.kicks.clone(), Box::new(|| Ok(()))).unwrap();
+        let worker = Worker::spawn("test", Box::new(|| Ok(()))).unwrap();
+        assert!(worker.start(device, active, self.kicks.clone()));
         RunningDriver { driver: self, worker }
     }
 }

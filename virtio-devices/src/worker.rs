@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use epoll::{ControlOptions, Event, Events};
@@ -130,75 +131,72 @@ impl AsFd for EventSet {
 const STOP: u64 = u64::MAX;
 const FIRST_SOURCE: u64 = 1 << 16;
 
-/// A device on its thread.
+/// What goes to a worker's thread, and comes back from it.
+type Load = (Box<dyn Device>, Active);
+
+/// A thread for one device. It is there from the beginning, so that a vCPU which starts a device needs no right to make
+/// threads, and a device that is reset and started again costs none.
 pub struct Worker {
+    jobs: Sender<(Load, Vec<Arc<EventFd>>)>,
+    results: Receiver<Load>,
     stop: EventFd,
-    thread: JoinHandle<(Box<dyn Device>, Active)>,
-}
-
-/// Why a worker did not start; the device comes back with it.
-#[derive(thiserror::Error)]
-#[error("cannot start the device's thread: {source}")]
-pub struct StartError {
-    /// The cause.
-    pub source: io::Error,
-}
-
-impl std::fmt::Debug for StartError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.source.fmt(f)
-    }
+    _thread: JoinHandle<()>,
 }
 
 impl Worker {
-    /// Runs `device` on a thread called `name`. `kicks` are the queues' notification eventfds, in order.
+    /// Makes a thread called `name`, which runs `setup` and waits for its device.
     ///
     /// # Errors
-    /// If the epoll instance, the eventfd or the thread cannot be made.
-    pub fn start(
-        name: &str,
-        device: Box<dyn Device>,
-        active: Active,
-        kicks: Vec<Arc<EventFd>>,
-        setup: ThreadSetup,
-    ) -> Result<Self, StartError> {
-        let fail = |source| StartError { source };
-        let set = EventSet::new().map_err(fail)?;
-        let stop = EventFd::new(EFD_NONBLOCK).map_err(fail)?;
-        let read = Interest { read: true, write: false };
-        set.add(borrow(&stop), read, STOP).map_err(fail)?;
-        for (index, kick) in (0u64..).zip(&kicks) {
-            set.add(borrow(kick), read, index).map_err(fail)?;
-        }
+    /// If the eventfd or the thread cannot be made.
+    pub fn spawn(name: &str, setup: ThreadSetup) -> io::Result<Self> {
+        let stop = EventFd::new(EFD_NONBLOCK)?;
+        let stopped = stop.try_clone()?;
+        let (jobs, incoming) = channel::<(Load, Vec<Arc<EventFd>>)>();
+        let (outgoing, results) = channel();
         // Linux cuts thread names at 15 bytes; a longer one would be an error.
-        let name = name.chars().take(15).collect();
+        let name: String = name.chars().take(15).collect();
         let run = move || {
-            let mut running = Running { set, device, active, kicks, watched: Vec::new(), broken: false };
-            match setup() {
-                Ok(()) => running.run(),
-                Err(e) => {
-                    log::error!("cannot confine a device's thread, the device stays off: {e}");
-                    running.active.interrupt.needs_reset();
+            let confined = setup();
+            for ((device, active), kicks) in incoming {
+                let load = match &confined {
+                    Ok(()) => Running::new(device, active, kicks).run(&stopped),
+                    Err(e) => {
+                        log::error!("cannot confine a device's thread, the device stays off: {e}");
+                        active.interrupt.needs_reset();
+                        (device, active)
+                    }
+                };
+                if outgoing.send(load).is_err() {
+                    break;
                 }
             }
-            (running.device, running.active)
         };
-        let thread = std::thread::Builder::new().name(name).spawn(run).map_err(fail)?;
-        Ok(Self { stop, thread })
+        let thread = std::thread::Builder::new().name(name).spawn(run)?;
+        Ok(Self { jobs, results, stop, _thread: thread })
     }
 
-    /// Stops the thread and gives the device and its queues back; nothing if the device panicked.
+    /// Runs `device` until [`Worker::stop`]. `kicks` are the queues' notification eventfds, in order. Says whether the
+    /// thread is there to do it.
     #[must_use]
-    pub fn stop(self) -> Option<(Box<dyn Device>, Active)> {
+    pub fn start(&self, device: Box<dyn Device>, active: Active, kicks: Vec<Arc<EventFd>>) -> bool {
+        self.jobs.send(((device, active), kicks)).is_ok()
+    }
+
+    /// Stops the device that was started and gives it and its queues back; nothing if it panicked.
+    #[must_use]
+    pub fn stop(&self) -> Option<(Box<dyn Device>, Active)> {
         if let Err(e) = self.stop.write(1) {
             log::error!("cannot signal a device's thread: {e}");
         }
-        self.thread.join().ok()
+        let load = self.results.recv().ok();
+        // One who failed to start did not hear of it.
+        let _ = self.stop.read();
+        load
     }
 }
 
+/// A device while it runs.
 struct Running {
-    set: EventSet,
     device: Box<dyn Device>,
     active: Active,
     kicks: Vec<Arc<EventFd>>,
@@ -208,25 +206,40 @@ struct Running {
 }
 
 impl Running {
-    fn run(&mut self) {
-        let result = self.begin();
-        self.check(result);
-        let mut ready = Vec::new();
-        'run: loop {
-            if let Err(e) = self.set.wait(-1, &mut ready) {
-                log::error!("a device's thread cannot wait for events: {e}");
-                self.active.interrupt.needs_reset();
-                break;
-            }
-            for event in &ready {
-                if event.token == STOP {
-                    break 'run;
-                }
-                let result = self.dispatch(event.token);
-                self.check(result);
-            }
+    fn new(device: Box<dyn Device>, active: Active, kicks: Vec<Arc<EventFd>>) -> Self {
+        Self { device, active, kicks, watched: Vec::new(), broken: false }
+    }
+
+    fn run(mut self, stop: &EventFd) -> Load {
+        if let Err(e) = EventSet::new().and_then(|set| self.serve(&set, stop)) {
+            log::error!("a device's thread cannot wait for events: {e}");
+            self.active.interrupt.needs_reset();
         }
         self.device.stop(&mut self.active);
+        (self.device, self.active)
+    }
+
+    fn serve(&mut self, set: &EventSet, stop: &EventFd) -> io::Result<()> {
+        let read = Interest { read: true, write: false };
+        set.add(borrow(stop), read, STOP)?;
+        for (index, kick) in (0u64..).zip(&self.kicks) {
+            set.add(borrow(kick), read, index)?;
+        }
+        let result = self.begin();
+        self.check(set, result);
+        self.reconcile(set);
+        let mut ready = Vec::new();
+        loop {
+            set.wait(-1, &mut ready)?;
+            for event in &ready {
+                if event.token == STOP {
+                    return Ok(());
+                }
+                let result = self.dispatch(event.token);
+                self.check(set, result);
+                self.reconcile(set);
+            }
+        }
     }
 
     fn begin(&mut self) -> Result<(), Broken> {
@@ -237,18 +250,17 @@ impl Running {
         for kick in &self.kicks {
             let _ = kick.write(1);
         }
-        self.reconcile();
         Ok(())
     }
 
-    fn check(&mut self, result: Result<(), Broken>) {
+    fn check(&mut self, set: &EventSet, result: Result<(), Broken>) {
         if let Err(broken) = result {
             log::warn!("device needs a reset: {broken}");
             self.broken = true;
             self.active.interrupt.needs_reset();
             for (fd, watched) in std::mem::take(&mut self.watched) {
                 if watched {
-                    let _ = self.forget(fd);
+                    let _ = unwatch(set, fd);
                 }
             }
         }
@@ -275,7 +287,6 @@ impl Running {
             self.device.source(&mut self.active, source)?;
             self.refill()?;
         }
-        self.reconcile();
         Ok(())
     }
 
@@ -291,7 +302,7 @@ impl Running {
     }
 
     /// Makes the epoll set say what the device wants to hear of.
-    fn reconcile(&mut self) {
+    fn reconcile(&mut self, set: &EventSet) {
         for index in 0..self.watched.len() {
             let wanted = self.active.listens(index);
             let Some(&mut (fd, ref mut watched)) = self.watched.get_mut(index) else { continue };
@@ -299,7 +310,7 @@ impl Running {
                 continue;
             }
             let token = FIRST_SOURCE.saturating_add(index as u64);
-            let done = if wanted { watch(&self.set, fd, token) } else { unwatch(&self.set, fd) };
+            let done = if wanted { watch(set, fd, token) } else { unwatch(set, fd) };
             match done {
                 Ok(()) => *watched = wanted,
                 Err(e) => {
@@ -308,10 +319,6 @@ impl Running {
                 }
             }
         }
-    }
-
-    fn forget(&self, fd: RawFd) -> io::Result<()> {
-        unwatch(&self.set, fd)
     }
 }
 

@@ -1,1 +1,20 @@
 //! Turns one configuration value into a running virtual machine.
+//!
+//! ```text
+//!  VmConfig ──check──▶ Plan ──build──▶ Machine ◀──owned by── Vmm (control loop) ◀── API, signals, guest events
+//! ```
+//! [`control::Vmm`] is the way in for programs that embed it; `examples/boot.rs` boots a kernel with it.
+
+pub mod build;
+pub mod cli;
+pub mod control;
+pub mod inherited;
+pub mod lifecycle;
+pub mod machine;
+pub mod memory;
+pub mod plan;
+pub mod sandbox;
+pub mod stream;
+pub mod vcpu;
+
+pub use control::{Outcome, Vmm, VmmError};

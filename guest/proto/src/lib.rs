@@ -1,1 +1,49 @@
-//! The protocol between the launcher and the agent in the guest.
+//! The protocol between the launcher on the host and the agent in the guest.
+//!
+//! # Who connects to whom
+//!
+//! The transport is vsock. On the host it is the VMM's hybrid Unix socket.
+//!
+//! * When the guest is up, its agent connects **out** to the host (CID 2) on [`READY_PORT`] and sends one
+//!   [`FromAgent::Hello`]. The launcher listens on `<vsock socket>_5001` before it starts the VM, so nobody polls. The
+//!   connection stays open for as long as the agent lives.
+//! * The launcher connects **in** on [`AGENT_PORT`], one connection for each request. A connection carries one
+//!   [`Request`] and, for [`Request::Run`], the streams of that one process. Any number may be open at once.
+//!
+//! # Frames
+//!
+//! `u32` little-endian length, then that many bytes: one byte of [`kind`](FromAgent), then the payload. The length counts
+//! the kind byte and is 1 to [`MAX_FRAME`]; anything else ends the connection. Requests and replies are JSON, streams are
+//! raw bytes. An empty stream frame means end of file.
+//!
+//! # Back-pressure
+//!
+//! Neither side keeps unbounded data. Output: the agent reads a process's pipes only after its last frame has left.
+//! Input: the launcher may send as many bytes as the agent has granted, [`STDIN_WINDOW`] at first and then what
+//! [`FromAgent::StdinCredit`] adds; so signals overtake input that the process does not read. Sending more than was
+//! granted ends the connection.
+//!
+//! Both sides treat the other as hostile: every decoder here is total.
+
+mod frame;
+mod link;
+mod message;
+
+pub use frame::{Decoder, MAX_FRAME, MAX_PAYLOAD, Message, ProtoError};
+pub use link::{Link, LinkError};
+pub use message::{ExitStatus, FromAgent, Hello, Reply, Request, Run, ToAgent};
+
+/// The vsock port the agent listens on in the guest.
+pub const AGENT_PORT: u32 = 5000;
+
+/// The vsock port of the host that the agent connects to once it accepts requests.
+pub const READY_PORT: u32 = 5001;
+
+/// Version of this protocol; both sides must have the same.
+pub const VERSION: u32 = 1;
+
+/// Bytes of standard input that may be sent before the agent has granted more.
+pub const STDIN_WINDOW: usize = 64 * 1024;
+
+/// The largest piece of a stream that one frame carries, in bytes.
+pub const CHUNK: usize = 32 * 1024;

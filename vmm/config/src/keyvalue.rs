@@ -190,7 +190,9 @@ impl Syntax {
 
     fn accepted(&self) -> String {
         let words = self.words.iter().map(|word| (*word).to_owned());
-        words.chain(self.keys.iter().map(|key| format!("{key}="))).collect::<Vec<_>>().join(", ")
+        // A leading underscore marks a key that is taken for the sake of existing scripts.
+        let keys = self.keys.iter().filter(|key| !key.starts_with('_')).map(|key| format!("{key}="));
+        words.chain(keys).collect::<Vec<_>>().join(", ")
     }
 }
 

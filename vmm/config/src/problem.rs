@@ -1,9 +1,11 @@
 //! What [`crate::VmConfig::check`] is told about the host, and what it answers.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 /// What a check needs to know about the host. The caller finds it out, so that a check stays a pure function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostFacts {
     /// Memory of the host, in bytes.
     pub memory: u64,
@@ -11,9 +13,18 @@ pub struct HostFacts {
     pub page_size: u64,
     /// The most virtual CPUs one machine can have (`KVM_CAP_MAX_VCPUS`).
     pub max_vcpus: u32,
+    /// Sizes in bytes of the files the configuration names and that exist. Where a persistent-memory image lies in the
+    /// guest's address space depends on its size.
+    pub file_sizes: BTreeMap<PathBuf, u64>,
 }
 
 impl HostFacts {
+    /// The size of a file in bytes, if it is there.
+    #[must_use]
+    pub fn file_size(&self, path: &Path) -> Option<u64> {
+        self.file_sizes.get(path).copied()
+    }
+
     /// The amount of memory, in bytes, that the text of `/proc/meminfo` speaks of.
     pub fn memory_of_meminfo(text: &str) -> Option<u64> {
         let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;

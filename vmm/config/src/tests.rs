@@ -1,10 +1,12 @@
 //! Tests of the configuration as a whole: the JSON of real users, the flags, the checks.
 
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 
 use super::*;
 
-const HOST: HostFacts = HostFacts { memory: 8 << 30, page_size: 4096, max_vcpus: 254 };
+const HOST: HostFacts = HostFacts { memory: 8 << 30, page_size: 4096, max_vcpus: 254, file_sizes: BTreeMap::new() };
 
 fn bootable() -> VmConfig {
     let payload = PayloadConfig { kernel: Some("/boot/vmlinux".into()), ..Default::default() };

@@ -118,7 +118,8 @@ enum Kind {
 }
 
 /// Loads `payload` into `memory`, whose RAM lies in the ranges `ram` ([`super::layout::ram_ranges`]). `rsdp` is where the caller
-/// puts the ACPI root pointer.
+/// puts the ACPI root pointer. RAM must read as zeroes beforehand, also when a guest is started again: of a kernel's memory only what
+/// is in its file is written.
 ///
 /// # Errors
 /// When the kernel is damaged or of no known kind, or does not fit together with the initramfs; see [`Error`].

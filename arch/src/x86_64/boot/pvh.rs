@@ -8,7 +8,7 @@ use std::io::{Read, Seek};
 use linux_loader::loader::elf::start_info::{
     XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
-use linux_loader::loader::{Elf, KernelLoader, PvhBootCapability};
+use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
 
 use super::{CMDLINE_MAX_LEN, Entry, Error, Guest, Payload, Placed, Protocol, read_at};
@@ -24,7 +24,7 @@ const PT_NOTE: u32 = 4;
 /// More program headers than any kernel has.
 const MAX_PROGRAM_HEADERS: u16 = 128;
 /// More bytes of notes than any kernel has.
-const MAX_NOTES_SIZE: u64 = 1 << 20;
+const MAX_NOTES_SIZE: usize = 1 << 20;
 /// Memory map entries for which there is room before the zero page.
 const MAX_MEMMAP_ENTRIES: usize = ((ZERO_PAGE - PVH_MEMMAP) / 24) as usize;
 
@@ -34,18 +34,16 @@ where
     K: Read + ReadVolatile + Seek,
     I: ReadVolatile + Seek,
 {
-    let segments = check_elf(guest, payload.kernel, length)?;
-    guest.write_cmdline(payload.cmdline, CMDLINE_MAX_LEN)?;
-    let loaded = Elf::load(guest.memory, None, payload.kernel, None).map_err(|error| match error {
-        linux_loader::loader::Error::Elf(linux_loader::loader::elf::Error::InvalidPvhNote) => {
-            Error::Damaged("its PVH note is too short")
-        }
-        error => Error::Read("kernel", std::io::Error::other(error)),
-    })?;
-    let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else { return Err(Error::NoPvhNote) };
-    if !segments.iter().any(|&(start, end)| (start..end).contains(&entry.0)) {
+    let headers = program_headers(payload.kernel, length)?;
+    // First of all, so that an ordinary program is not called a damaged kernel.
+    let entry = pvh_entry(payload.kernel, &headers)?;
+    let segments = load_ranges(guest, &headers)?;
+    if !segments.iter().any(|&(start, end)| (start..end).contains(&entry)) {
         return Err(Error::Damaged("its PVH entry point lies outside of what it loads"));
     }
+    guest.write_cmdline(payload.cmdline, CMDLINE_MAX_LEN)?;
+    Elf::load(guest.memory, None, payload.kernel, None)
+        .map_err(|error| Error::Read("kernel", std::io::Error::other(error)))?;
 
     let kernel_end = segments.iter().map(|segment| segment.1).max().unwrap_or_default();
     let initramfs = match payload.initramfs {
@@ -53,7 +51,7 @@ where
         None => None,
     };
     write_start_info(guest, initramfs)?;
-    let regs = CpuRegs::pvh(entry.0, PVH_START_INFO);
+    let regs = CpuRegs::pvh(entry, PVH_START_INFO);
     regs.write_descriptor_tables(guest.memory)?;
     Ok(Entry { protocol: Protocol::Pvh, regs })
 }
@@ -63,17 +61,22 @@ fn field<const N: usize>(header: &[u8], offset: usize) -> [u8; N] {
     header.get(offset..).and_then(<[u8]>::first_chunk).copied().unwrap_or([0; N])
 }
 
-/// Checks the ELF header and all program headers (ELF-64 object file format, version 1.5), and returns the ranges of guest memory
-/// that the kernel will take.
-fn check_elf<M: GuestMemoryBackend, K: Read + Seek>(
-    guest: &Guest<'_, M>,
-    kernel: &mut K,
-    length: u64,
-) -> Result<Vec<(u64, u64)>, Error> {
-    let truncated = |expected| Error::Truncated { expected, actual: length };
-    if length < EHDR_SIZE as u64 {
-        return Err(truncated(EHDR_SIZE as u64));
-    }
+/// A program header of a kind that matters here.
+struct ProgramHeader {
+    kind: u32,
+    offset: u64,
+    address: u64,
+    file_size: u64,
+    memory_size: u64,
+}
+
+/// The segments and notes of a file (ELF-64 object file format, version 1.5), all of which lie inside of it.
+fn program_headers<K: Read + Seek>(kernel: &mut K, length: u64) -> Result<Vec<ProgramHeader>, Error> {
+    let inside = |offset: u64, size: u64| {
+        let end = offset.checked_add(size).ok_or(Error::Damaged("a part of it wraps around"))?;
+        if end > length { Err(Error::Truncated { expected: end, actual: length }) } else { Ok(()) }
+    };
+    inside(0, EHDR_SIZE as u64)?;
     let mut header = [0; EHDR_SIZE];
     read_at(kernel, 0, &mut header)?;
     check_ident(&header)?;
@@ -85,42 +88,72 @@ fn check_elf<M: GuestMemoryBackend, K: Read + Seek>(
     if count > MAX_PROGRAM_HEADERS {
         return Err(Error::Damaged("it has more than 128 program headers"));
     }
-    let table_size = usize::from(count) * PHDR_SIZE;
-    match table.checked_add(table_size as u64) {
-        Some(end) if end <= length => {}
-        end => return Err(truncated(end.unwrap_or(u64::MAX))),
-    }
-    let mut headers = vec![0; table_size];
+    let mut headers = vec![0; usize::from(count) * PHDR_SIZE];
+    inside(table, headers.len() as u64)?;
     read_at(kernel, table, &mut headers)?;
 
-    let mut segments = Vec::new();
-    for program_header in headers.chunks_exact(PHDR_SIZE) {
-        let kind = u32::from_le_bytes(field(program_header, 0));
-        let offset = u64::from_le_bytes(field(program_header, 8));
-        let address = u64::from_le_bytes(field(program_header, 24));
-        let file_size = u64::from_le_bytes(field(program_header, 32));
-        let memory_size = u64::from_le_bytes(field(program_header, 40));
-        if kind != PT_LOAD && kind != PT_NOTE {
-            continue;
+    let parse = |header: &[u8]| ProgramHeader {
+        kind: u32::from_le_bytes(field(header, 0)),
+        offset: u64::from_le_bytes(field(header, 8)),
+        address: u64::from_le_bytes(field(header, 24)),
+        file_size: u64::from_le_bytes(field(header, 32)),
+        memory_size: u64::from_le_bytes(field(header, 40)),
+    };
+    let mut headers: Vec<_> = headers.chunks_exact(PHDR_SIZE).map(parse).collect();
+    headers.retain(|header| header.kind == PT_LOAD || header.kind == PT_NOTE);
+    for header in &headers {
+        inside(header.offset, header.file_size)?;
+    }
+    Ok(headers)
+}
+
+/// The ranges of guest memory that the segments will take.
+fn load_ranges<M: GuestMemoryBackend>(
+    guest: &Guest<'_, M>,
+    headers: &[ProgramHeader],
+) -> Result<Vec<(u64, u64)>, Error> {
+    let mut ranges = Vec::new();
+    for header in headers.iter().filter(|header| header.kind == PT_LOAD) {
+        if header.memory_size < header.file_size {
+            return Err(Error::Damaged("a segment is larger in the file than in memory"));
         }
-        let end = offset.checked_add(file_size).ok_or(Error::Damaged("a segment wraps around"))?;
-        if end > length {
-            return Err(truncated(end));
-        }
-        if kind == PT_NOTE && file_size > MAX_NOTES_SIZE {
-            return Err(Error::Damaged("it has more than a MiB of notes"));
-        }
-        if kind == PT_LOAD && memory_size > 0 {
-            if memory_size < file_size {
-                return Err(Error::Damaged("a segment is larger in the file than in memory"));
-            }
-            segments.push((address, guest.kernel_range(address, memory_size)?));
+        if header.memory_size > 0 {
+            ranges.push((header.address, guest.kernel_range(header.address, header.memory_size)?));
         }
     }
-    if segments.is_empty() {
-        return Err(Error::Damaged("it has nothing to load"));
+    Ok(ranges)
+}
+
+/// The entry point that the PVH note names.
+fn pvh_entry<K: Read + Seek>(kernel: &mut K, headers: &[ProgramHeader]) -> Result<u64, Error> {
+    for header in headers.iter().filter(|header| header.kind == PT_NOTE) {
+        let size = usize::try_from(header.file_size).ok().filter(|&size| size <= MAX_NOTES_SIZE);
+        let Some(size) = size else { return Err(Error::Damaged("it has more than a MiB of notes")) };
+        let mut notes = vec![0; size];
+        read_at(kernel, header.offset, &mut notes)?;
+        if let Some(contents) = find_note(&notes) {
+            let address = contents.first_chunk().ok_or(Error::Damaged("its PVH note is too short"))?;
+            return Ok(u32::from_le_bytes(*address).into());
+        }
     }
-    Ok(segments)
+    Err(Error::NoPvhNote)
+}
+
+/// The contents of the PVH note in a note segment; name and contents of each note are padded to four bytes.
+fn find_note(mut notes: &[u8]) -> Option<&[u8]> {
+    const NOTE_HEADER_SIZE: usize = 12;
+    const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
+    loop {
+        let (header, rest) = notes.split_at_checked(NOTE_HEADER_SIZE)?;
+        let size = |offset| usize::try_from(u32::from_le_bytes(field(header, offset))).ok();
+        let (name_size, contents_size) = (size(0)?, size(4)?);
+        let (name, rest) = rest.split_at_checked(name_size.checked_next_multiple_of(4)?)?;
+        let contents = rest.get(..contents_size)?;
+        if u32::from_le_bytes(field(header, 8)) == XEN_ELFNOTE_PHYS32_ENTRY && name == b"Xen\0" {
+            return Some(contents);
+        }
+        notes = rest.get(contents_size.checked_next_multiple_of(4)?..)?;
+    }
 }
 
 fn check_ident(header: &[u8; EHDR_SIZE]) -> Result<(), Error> {

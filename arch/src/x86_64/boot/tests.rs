@@ -108,7 +108,10 @@ fn bzimage_is_entered_in_64_bit_mode() {
     assert_eq!(entry.regs.general.rip, LOAD + 0x200);
     assert_eq!(entry.regs.general.rsi, ZERO_PAGE);
     assert_eq!(entry.regs.general.rflags, 2);
-    assert_eq!(entry.regs.special.efer, 0x500);
+    let special = entry.regs.special;
+    assert_eq!((special.cr0, special.cr3, special.cr4, special.efer), (0x8000_0011, layout::PML4_START, 0x20, 0x500));
+    assert_eq!(read_vec(&memory, layout::PML4_START, 8), (layout::PDPT_START | 3).to_le_bytes());
+    assert_ne!(read_vec(&memory, special.gdt.base + 16, 8), [0; 8]);
     assert_eq!(entry.regs.special.cs.l, 1);
     assert_eq!(read_vec(&memory, LOAD, 4096), bzimage()[3 * 512..]);
     assert_eq!(read_vec(&memory, layout::CMDLINE_START, 6), b"quiet\0");
@@ -156,6 +159,7 @@ fn elf_is_entered_by_its_pvh_note() {
     assert_eq!(entry.regs.general.rbx, PVH_START_INFO);
     assert_eq!((entry.regs.special.cr0, entry.regs.special.cr4, entry.regs.special.efer), (0x11, 0, 0));
     assert_eq!((entry.regs.special.cs.l, entry.regs.special.cs.db), (0, 1));
+    assert_ne!(read_vec(&memory, entry.regs.special.gdt.base + 16, 8), [0; 8]);
     assert_eq!(read_vec(&memory, LOAD, 4096), elf()[CODE_AT..]);
     assert_eq!(read_vec(&memory, layout::CMDLINE_START, 9), b"panic=-1\0");
 
@@ -190,6 +194,9 @@ fn what_is_no_kernel_is_named() {
     assert_error(b"\xfd7zXZ\x00", "xz");
     assert_error(b"\x7fELF", "truncated: it has 4 bytes, its header announces 64");
     assert_error(b"MZ\0\0", "truncated");
+    // An ordinary program is an ELF file too.
+    let program = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+    assert_error(&program, "an ELF file without a PVH note");
 }
 
 #[test]
@@ -237,11 +244,12 @@ fn damaged_elf_headers_are_refused() {
     assert_error(&patched(4, &[1]), "32-bit");
     assert_error(&patched(5, &[2]), "another processor");
     assert_error(&patched(18, &183u16.to_le_bytes()), "another processor");
-    assert_error(&patched(32, &u64::MAX.to_le_bytes()), "truncated");
+    assert_error(&patched(32, &u64::MAX.to_le_bytes()), "wraps around");
+    assert_error(&patched(32, &(1u64 << 40).to_le_bytes()), "truncated");
     assert_error(&patched(32, &0u64.to_le_bytes()), "program header table");
     assert_error(&patched(54, &1u16.to_le_bytes()), "program header table");
     assert_error(&patched(56, &u16::MAX.to_le_bytes()), "128 program headers");
-    assert_error(&patched(56, &0u16.to_le_bytes()), "nothing to load");
+    assert_error(&patched(56, &0u16.to_le_bytes()), "without a PVH note");
     assert_error(&patched(56, &1u16.to_le_bytes()), "without a PVH note");
     assert_error(&patched(NOTE_AT + 28, &17u32.to_le_bytes()), "without a PVH note");
     assert_error(&patched(NOTE_AT + 32, b"Zen\0"), "without a PVH note");
@@ -253,6 +261,10 @@ fn damaged_elf_headers_are_refused() {
     assert_error(&patched(64 + 32, &(1u64 << 40).to_le_bytes()), "truncated");
     assert_error(&patched(64 + 40, &1u64.to_le_bytes()), "larger in the file");
     assert_error(&patched(64 + 40, &(1u64 << 40).to_le_bytes()), "needs RAM");
+    assert_error(&patched(64, &7u32.to_le_bytes()), "entry point lies outside");
+    let mut long_notes = patched(120 + 32, &(2u64 << 20).to_le_bytes());
+    long_notes.resize(4 << 20, 0);
+    assert_error(&long_notes, "more than a MiB of notes");
     assert_error(&patched(120 + 32, &u64::MAX.to_le_bytes()), "wraps around");
 }
 

@@ -1,0 +1,79 @@
+//! A machine's file descriptor.
+
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KVM_MEM_READONLY, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::operation;
+use super::vcpu_x86_64::KvmVcpu;
+use crate::{Error, MemorySlot, Vcpu, Vm};
+
+pub(super) struct KvmVm {
+    fd: Arc<VmFd>,
+}
+
+impl KvmVm {
+    pub(super) fn new(fd: VmFd) -> Self {
+        Self { fd: Arc::new(fd) }
+    }
+}
+
+impl Vm for KvmVm {
+    #[expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION")]
+    unsafe fn add_memory_slot(&self, slot: &MemorySlot) -> Result<(), Error> {
+        let region = kvm_userspace_memory_region {
+            slot: slot.slot,
+            flags: if slot.read_only { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: slot.guest,
+            memory_size: slot.len,
+            userspace_addr: slot.host,
+        };
+        // SAFETY: the caller promises that the host range is a mapping that outlives the VM.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(operation("add guest memory"))
+    }
+
+    fn create_interrupt_controller(&self, ioapic_pins: u32) -> Result<(), Error> {
+        // The identity map and the TSS are where Intel CPUs without unrestricted guest mode need them.
+        let tss = usize::try_from(arch::layout::KVM_TSS).unwrap_or(usize::MAX);
+        self.fd
+            .set_identity_map_address(arch::layout::KVM_IDENTITY_MAP)
+            .map_err(operation("place its identity map"))?;
+        self.fd.set_tss_address(tss).map_err(operation("place its task state segment"))?;
+        let cap = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            args: [u64::from(ioapic_pins), 0, 0, 0],
+            ..kvm_enable_cap::default()
+        };
+        self.fd.enable_cap(&cap).map_err(operation("create the split irqchip"))
+    }
+
+    fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, Error> {
+        let fd = self.fd.create_vcpu(u64::from(id)).map_err(operation("create a vCPU"))?;
+        Ok(Box::new(KvmVcpu::new(fd)))
+    }
+
+    fn add_ioeventfd(&self, address: u64, event: &EventFd) -> Result<(), Error> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(operation("add an ioeventfd"))
+    }
+
+    fn remove_ioeventfd(&self, address: u64, event: &EventFd) -> Result<(), Error> {
+        self.fd
+            .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(operation("remove an ioeventfd"))
+    }
+
+    fn signal_msi(&self, address: u64, data: u32) -> Result<(), Error> {
+        let [address_lo, address_hi] = split(address);
+        let msi = kvm_msi { address_lo, address_hi, data, ..kvm_msi::default() };
+        self.fd.signal_msi(msi).map(drop).map_err(operation("deliver an interrupt"))
+    }
+}
+
+fn split(value: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+}

@@ -1,0 +1,78 @@
+//! Where templates are kept.
+
+use std::{env, path::PathBuf};
+
+/// Why there is no place for templates.
+#[derive(Debug, thiserror::Error)]
+pub enum HomeError {
+    /// Nothing in the environment says where.
+    #[error("no place for templates: set SPECTRUM_HOME, XDG_DATA_HOME or HOME")]
+    Nowhere,
+    /// A relative path would mean another place in each folder.
+    #[error("{0} is {1:?}, but must be an absolute path")]
+    Relative(&'static str, PathBuf),
+    /// The name cannot be that of a template.
+    #[error("{0:?} cannot be a template's name: use letters, digits, '-', '_' and '.', at most 64, not '.' first")]
+    Name(String),
+}
+
+/// The folder everything is kept in: `$SPECTRUM_HOME`, else `$XDG_DATA_HOME/spectrum`, else `~/.local/share/spectrum`.
+#[derive(Clone, Debug)]
+pub struct Home(PathBuf);
+
+impl Home {
+    /// Finds it from the environment. Nothing is created.
+    pub fn find() -> Result<Self, HomeError> {
+        let variable = |name: &'static str| match env::var_os(name).filter(|value| !value.is_empty()) {
+            Some(value) if PathBuf::from(&value).is_relative() => Err(HomeError::Relative(name, value.into())),
+            value => Ok(value.map(PathBuf::from)),
+        };
+        if let Some(path) = variable("SPECTRUM_HOME")? {
+            return Ok(Self(path));
+        }
+        if let Some(path) = variable("XDG_DATA_HOME")? {
+            return Ok(Self(path.join("spectrum")));
+        }
+        let home = variable("HOME")?.ok_or(HomeError::Nowhere)?;
+        Ok(Self(home.join(".local/share/spectrum")))
+    }
+
+    /// A given folder.
+    #[cfg(test)]
+    pub fn at(path: &std::path::Path) -> Self {
+        Self(path.to_owned())
+    }
+
+    /// The folder with one folder for each template.
+    pub fn templates(&self) -> PathBuf {
+        self.0.join("templates")
+    }
+
+    /// The folder of one template, which may not exist.
+    pub fn template(&self, name: &str) -> Result<PathBuf, HomeError> {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(allowed) {
+            return Err(HomeError::Name(name.to_owned()));
+        }
+        Ok(self.templates().join(name))
+    }
+
+    /// The folder for downloads that a later build can use again.
+    pub fn cache(&self) -> PathBuf {
+        self.0.join("cache")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_leave_the_folder() {
+        let home = Home("/x".into());
+        assert_eq!(home.template("foot-1.2_b").unwrap(), PathBuf::from("/x/templates/foot-1.2_b"));
+        for name in ["", ".", "..", "../a", "a/b", ".hidden", "a b", "ä", &"a".repeat(65)] {
+            assert!(matches!(home.template(name), Err(HomeError::Name(_))), "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! `spectrum-vmm`: one virtual machine, with Cloud Hypervisor's flags and API.
+
+use std::error::Error;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use hypervisor::kvm::Kvm;
+use rutabaga_glue::RutabagaFactory;
+use vmm::cli::{Cli, Endpoint};
+use vmm::sandbox::Unconfined;
+use vmm::{Outcome, Vmm, inherited};
+use vmm_api::Server;
+
+fn main() -> ExitCode {
+    let cli = match Cli::from_args(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(e) => e.exit(),
+    };
+    match run(&cli) {
+        Ok(Outcome::Ended) => ExitCode::SUCCESS,
+        Ok(Outcome::Failed(why)) => {
+            eprintln!("spectrum-vmm: {why}");
+            ExitCode::FAILURE
+        }
+        Err(e) => {
+            eprintln!("spectrum-vmm: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
+    start_logging(cli)?;
+    let server = match &cli.api_socket {
+        Some(Endpoint::Path(path)) => Some(Server::bind(path)?),
+        Some(Endpoint::Fd(fd)) => Some(Server::from_listener(inherited::take(*fd)?)?),
+        None => None,
+    };
+    let mut vmm = Vmm::new(Arc::new(Kvm::open()?), Box::new(RutabagaFactory), Box::new(Unconfined))?;
+    vmm.end_on(signals()?);
+    if let Some(server) = server {
+        vmm.serve(server);
+    }
+    if let Some(config) = cli.config() {
+        vmm.create(config)?;
+        vmm.boot()?;
+    }
+    Ok(vmm.run()?)
+}
+
+/// A socket on which something arrives when the process is asked to end.
+fn signals() -> io::Result<UnixStream> {
+    let (read, write) = UnixStream::pair()?;
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
+    }
+    Ok(read)
+}
+
+fn start_logging(cli: &Cli) -> io::Result<()> {
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(cli.log_level()).format_timestamp_micros();
+    if let Some(path) = &cli.log_file {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+        let file =
+            file.map_err(|e| io::Error::new(e.kind(), format!("cannot write the log {}: {e}", path.display())))?;
+        builder.target(env_logger::Target::Pipe(Box::new(file)));
+    }
+    builder.init();
+    Ok(())
+}

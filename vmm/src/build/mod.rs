@@ -1,0 +1,117 @@
+//! Carries out a plan: the one recipe by which a machine comes into being.
+
+mod devices;
+mod payload;
+mod platform;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use hypervisor::Hypervisor;
+use virtio_devices::gpu::RendererFactory;
+use virtio_devices::registry::{BuildError as DeviceError, Kind};
+use vm_memory::GuestMemoryAtomic;
+use vmm_config::VmConfig;
+
+use crate::machine::Machine;
+use crate::memory::{self, MemoryError};
+use crate::plan::Plan;
+use crate::stream::Stream;
+use crate::vcpu::{Report, ThreadSetup, Vcpus};
+
+/// Why a machine could not be built: one sentence for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// KVM refused.
+    #[error(transparent)]
+    Hypervisor(#[from] hypervisor::Error),
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Kernel or initramfs cannot be opened.
+    #[error("cannot open the {what} {}: {source}", path.display())]
+    Open {
+        /// Kernel or initramfs.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// Kernel, initramfs and command line cannot be loaded.
+    #[error("cannot boot {}: {source}", path.display())]
+    Boot {
+        /// The kernel.
+        path: PathBuf,
+        /// The cause.
+        source: arch::boot::Error,
+    },
+    /// ACPI tables cannot be made.
+    #[error("cannot describe the machine to the guest: {0}")]
+    Acpi(#[from] arch::acpi::Error),
+    /// The plan is not one of this program's: a defect, or a damaged snapshot.
+    #[error("the machine's plan is inconsistent: {0}")]
+    Plan(String),
+    /// The host is out of something.
+    #[error("cannot {what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// The cause.
+        source: std::io::Error,
+    },
+}
+
+/// System-call filters by kind of thread.
+pub trait Confinement: Send + Sync {
+    /// What a vCPU's thread does first.
+    fn vcpu(&self) -> ThreadSetup;
+    /// What a device's thread does first.
+    fn device(&self, kind: &Kind) -> ThreadSetup;
+}
+
+/// All that a machine is made from.
+pub struct Ingredients<'a> {
+    /// The definition.
+    pub config: &'a VmConfig,
+    /// Where everything goes.
+    pub plan: &'a Plan,
+    /// Who makes virtual machines.
+    pub hypervisor: &'a dyn Hypervisor,
+    /// The serial port's stream.
+    pub serial: Option<&'a Stream>,
+    /// The console's stream.
+    pub console: Option<&'a Stream>,
+    /// The engine of virtio-gpu.
+    pub renderer: &'a dyn RendererFactory,
+    /// System-call filters.
+    pub confinement: &'a dyn Confinement,
+    /// Whom the machine tells what happens.
+    pub report: Report,
+}
+
+/// Builds a machine; it is paused. Memory slots come before the interrupt controller, which is much cheaper that way.
+///
+/// # Errors
+/// If the host lacks something the configuration names.
+pub fn build(from: &Ingredients<'_>) -> Result<Machine, BuildError> {
+    let plan = from.plan;
+    let vm = from.hypervisor.create_vm()?;
+    let ram = memory::allocate(&plan.ram, from.config.memory.shared)?;
+    memory::add_ram(vm.as_ref(), &plan.ram, &ram)?;
+    let built = devices::build(from, vm.as_ref())?;
+    let windows = built.iter().filter_map(|d| d.window.clone()).collect();
+    vm.create_interrupt_controller(arch::layout::gsi::IOAPIC_PINS)?;
+    let mut platform = platform::Platform::new(from, &vm)?;
+    let mem = GuestMemoryAtomic::new(ram.clone());
+    let transports = devices::attach(from, built, &vm, &mem, &mut platform)?;
+    let entry = payload::load(from, &ram)?;
+    let vcpus = platform::create_vcpus(from, vm.as_ref(), entry)?;
+    let (buses, serial, power_button) = platform.finish()?;
+    let start = Vcpus::start(vcpus, &Arc::new(buses), &from.confinement.vcpu(), &from.report);
+    let vcpus = start.map_err(|source| BuildError::Host { what: "start a vCPU's thread", source })?;
+    Ok(Machine { vcpus, transports, serial, power_button, _vm: vm, _windows: windows, _ram: ram })
+}

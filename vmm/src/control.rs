@@ -1,0 +1,454 @@
+//! The control thread: owns the machine, answers requests, hears of signals, input and what the guest does.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use hypervisor::Hypervisor;
+use virtio_devices::gpu::RendererFactory;
+use vmm_api::{Failure, PingInfo, Reply, Request, Response, Server, VmInfo, VmState};
+use vmm_config::{HostFacts, VmConfig};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::build::{BuildError, Confinement, Ingredients, build};
+use crate::lifecycle::{Decision, decide};
+use crate::machine::{InputState, Machine, MachineEvent};
+use crate::plan::{Plan, PlanError, PlanFacts};
+use crate::stream::{Stream, StreamError};
+
+/// Why the VMM cannot do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// The configuration makes no sense.
+    #[error("{}", .0.join("\n"))]
+    Config(Vec<String>),
+    /// KVM cannot be used.
+    #[error(transparent)]
+    Hypervisor(#[from] hypervisor::Error),
+    /// The machine does not fit.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The machine cannot be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// Serial port or console cannot be opened.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// Not now.
+    #[error("{0}")]
+    State(String),
+    /// The event loop failed.
+    #[error("the VMM cannot wait for events: {0}")]
+    Events(String),
+}
+
+/// What a user should know when a guest fails on a KVM that works without the CPU's help.
+const SOFTWARE_ONLY: &str = "this host's KVM works without hardware virtualisation (the CPU has neither vmx nor svm), \
+                             and unmodified kernels do not run on that; use a host with virtualisation enabled";
+
+/// How the VMM came to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered off, or the VMM was asked to end.
+    Ended,
+    /// The machine failed, and why.
+    Failed(String),
+}
+
+/// What a machine said, and which machine it was: events of one that is gone are stale.
+type Told = (u64, MachineEvent);
+
+/// A machine that was created, booted or not.
+struct Created {
+    config: VmConfig,
+    serial: Option<Stream>,
+    console: Option<Stream>,
+    machine: Option<Machine>,
+    paused: bool,
+}
+
+/// The VMM: at most one machine, and who may say what becomes of it.
+pub struct Vmm {
+    hypervisor: Arc<dyn Hypervisor>,
+    renderer: Box<dyn RendererFactory>,
+    confinement: Box<dyn Confinement>,
+    created: Option<Created>,
+    server: Option<Server>,
+    signals: Option<UnixStream>,
+    events: (Sender<Told>, Receiver<Told>, EventFd),
+    generation: u64,
+    outcome: Option<Outcome>,
+}
+
+const SERVER: u32 = 1;
+const SIGNAL: u32 = 2;
+const MACHINE: u32 = 3;
+const INPUT: u32 = 4;
+const DRAINED: u32 = 5;
+
+impl Vmm {
+    /// A VMM without a machine.
+    ///
+    /// # Errors
+    /// If the process has no file descriptor left, or signals cannot be handled.
+    pub fn new(
+        hypervisor: Arc<dyn Hypervisor>,
+        renderer: Box<dyn RendererFactory>,
+        confinement: Box<dyn Confinement>,
+    ) -> Result<Self, VmmError> {
+        hypervisor::kvm::install_kick_handler()?;
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(|e| VmmError::Events(e.to_string()))?;
+        let (sender, receiver) = channel();
+        Ok(Self {
+            hypervisor,
+            renderer,
+            confinement,
+            created: None,
+            server: None,
+            signals: None,
+            events: (sender, receiver, wake),
+            generation: 0,
+            outcome: None,
+        })
+    }
+
+    /// Answers requests on `server`.
+    pub fn serve(&mut self, server: Server) {
+        self.server = Some(server);
+    }
+
+    /// Ends the VMM when something arrives on `signals`.
+    pub fn end_on(&mut self, signals: UnixStream) {
+        self.signals = Some(signals);
+    }
+
+    fn state(&self) -> Option<VmState> {
+        self.created.as_ref().map(|c| match (&c.machine, c.paused) {
+            (None, _) => VmState::Created,
+            (Some(_), false) => VmState::Running,
+            (Some(_), true) => VmState::Paused,
+        })
+    }
+
+    /// Defines the machine and opens its streams, so that a pseudo-terminal has its path from now on.
+    ///
+    /// # Errors
+    /// If the definition makes no sense, or a stream cannot be opened.
+    pub fn create(&mut self, mut config: VmConfig) -> Result<(), VmmError> {
+        let facts = host_facts(&config, self.hypervisor.capabilities().max_vcpus);
+        let problems: Vec<String> = config.check(&facts).iter().map(ToString::to_string).collect();
+        if !problems.is_empty() {
+            return Err(VmmError::Config(problems));
+        }
+        let serial = Stream::open(&config.serial)?;
+        let console = Stream::open(&config.console)?;
+        if let Some(path) = serial.as_ref().and_then(Stream::path) {
+            config.serial.file = Some(path.clone());
+        }
+        if let Some(path) = console.as_ref().and_then(Stream::path) {
+            config.console.file = Some(path.clone());
+        }
+        self.created = Some(Created { config, serial, console, machine: None, paused: false });
+        Ok(())
+    }
+
+    /// Builds the machine that was created and starts it.
+    ///
+    /// # Errors
+    /// If there is none, or it cannot be built.
+    pub fn boot(&mut self) -> Result<(), VmmError> {
+        if self.hypervisor.capabilities().software_only {
+            log::warn!("{SOFTWARE_ONLY}");
+        }
+        let physical_bits = arch::cpuid::physical_bits(&self.hypervisor.capabilities().cpuid);
+        let max_vcpus = self.hypervisor.capabilities().max_vcpus;
+        self.generation += 1;
+        let report = self.reporter();
+        let created = self.created.as_mut().ok_or_else(|| VmmError::State("there is no machine to boot".into()))?;
+        let facts = PlanFacts { host: host_facts(&created.config, max_vcpus), physical_bits };
+        let plan = Plan::new(&created.config, &facts)?;
+        let machine = build(&Ingredients {
+            config: &created.config,
+            plan: &plan,
+            hypervisor: self.hypervisor.as_ref(),
+            serial: created.serial.as_ref(),
+            console: created.console.as_ref(),
+            renderer: self.renderer.as_ref(),
+            confinement: self.confinement.as_ref(),
+            report,
+        })?;
+        machine.resume();
+        created.machine = Some(machine);
+        created.paused = false;
+        Ok(())
+    }
+
+    /// What the next machine calls to tell something.
+    fn reporter(&self) -> crate::vcpu::Report {
+        let (sender, generation) = (self.events.0.clone(), self.generation);
+        // A duplicate of the eventfd, so that the machine needs nothing of this struct.
+        let wake = self.events.2.try_clone();
+        Arc::new(move |event| {
+            // The receiver is gone only when the VMM is.
+            let _ = sender.send((generation, event));
+            if let Ok(wake) = &wake {
+                let _ = wake.write(1);
+            }
+        })
+    }
+
+    /// Runs until the guest powers off, a signal arrives or the API says so.
+    ///
+    /// # Errors
+    /// If events cannot be waited for.
+    pub fn run(self) -> Result<Outcome, VmmError> {
+        let fail = |e: event_manager::Error| VmmError::Events(format!("{e:?}"));
+        let mut manager = EventManager::<Control>::new().map_err(fail)?;
+        let id = manager.add_subscriber(Control {
+            vmm: self,
+            watched: BTreeMap::new(),
+            input_full: false,
+            input_ended: false,
+        });
+        loop {
+            match manager.run() {
+                Ok(_) | Err(event_manager::Error::Epoll(_)) => {}
+                Err(e) => return Err(fail(e)),
+            }
+            let vmm = &mut manager.subscriber_mut(id).map_err(fail)?.vmm;
+            if let Some(outcome) = vmm.outcome.take() {
+                return Ok(outcome);
+            }
+        }
+    }
+
+    fn handle(&mut self, request: Request) -> Response {
+        match decide(self.state(), request.action()) {
+            Decision::Admit => {}
+            Decision::Nothing => return Ok(Reply::Done),
+            Decision::Refuse(failure) => return Err(failure),
+        }
+        self.carry_out(request)
+    }
+
+    fn carry_out(&mut self, request: Request) -> Response {
+        match request {
+            Request::VmmPing => return Ok(Reply::Ping(ping())),
+            Request::VmInfo => return self.info(),
+            Request::VmmShutdown => {
+                self.shut_down();
+                self.outcome = Some(Outcome::Ended);
+            }
+            Request::VmCreate(config) => self.create(*config).map_err(|e| failure(&e))?,
+            Request::VmBoot => self.boot().map_err(|e| failure(&e))?,
+            Request::VmReboot => self.reboot().map_err(|e| failure(&e))?,
+            Request::VmShutdown => self.shut_down(),
+            Request::VmDelete => {
+                self.shut_down();
+                self.created = None;
+            }
+            Request::VmPause => self.with_machine(true, Machine::pause),
+            Request::VmResume => self.with_machine(false, Machine::resume),
+            Request::VmPowerButton => self.with_machine(false, Machine::press_power_button),
+        }
+        Ok(Reply::Done)
+    }
+
+    fn with_machine(&mut self, paused: bool, act: impl FnOnce(&Machine)) {
+        if let Some(created) = &mut self.created
+            && let Some(machine) = &created.machine
+        {
+            act(machine);
+            created.paused = paused;
+        }
+    }
+
+    fn info(&self) -> Response {
+        let created = self.created.as_ref().ok_or(Failure::NotCreated)?;
+        let state = self.state().unwrap_or(VmState::Created);
+        let config = created.config.clone();
+        let memory_actual_size = config.memory.size;
+        Ok(Reply::Info(Box::new(VmInfo { config, state, memory_actual_size })))
+    }
+
+    fn shut_down(&mut self) {
+        if let Some(created) = &mut self.created {
+            created.machine = None;
+            created.paused = false;
+        }
+    }
+
+    fn reboot(&mut self) -> Result<(), VmmError> {
+        self.shut_down();
+        self.boot()
+    }
+
+    fn machine_events(&mut self) {
+        let _ = self.events.2.read();
+        while let Ok((generation, event)) = self.events.1.try_recv() {
+            if generation != self.generation {
+                continue;
+            }
+            match event {
+                MachineEvent::PowerOff => {
+                    log::info!("the guest powered off");
+                    self.shut_down();
+                    self.outcome = Some(Outcome::Ended);
+                }
+                MachineEvent::Reset => {
+                    log::info!("the guest reboots");
+                    if let Err(e) = self.reboot() {
+                        self.outcome = Some(Outcome::Failed(format!("cannot boot again: {e}")));
+                    }
+                }
+                MachineEvent::Fault(why) => {
+                    self.shut_down();
+                    let why = if self.hypervisor.capabilities().software_only { SOFTWARE_ONLY.into() } else { why };
+                    self.outcome = Some(Outcome::Failed(format!("the machine stopped: {why}")));
+                }
+            }
+        }
+    }
+}
+
+fn failure(error: &VmmError) -> Failure {
+    Failure::because(error)
+}
+
+fn ping() -> PingInfo {
+    let version = format!("v{}", env!("CARGO_PKG_VERSION"));
+    PingInfo { build_version: version.clone(), version, pid: i64::from(std::process::id()), features: Vec::new() }
+}
+
+/// What the configuration's check and the plan need to know of this host.
+fn host_facts(config: &VmConfig, max_vcpus: u32) -> HostFacts {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let size = |path: &PathBuf| Some((path.clone(), std::fs::metadata(path).ok()?.len()));
+    HostFacts {
+        memory: HostFacts::memory_of_meminfo(&meminfo).unwrap_or(u64::MAX),
+        page_size: rustix::param::page_size() as u64,
+        max_vcpus,
+        file_sizes: config.pmem.iter().filter_map(|p| size(&p.file)).collect(),
+    }
+}
+
+/// The VMM as the event loop's one subscriber.
+struct Control {
+    vmm: Vmm,
+    /// What is in the epoll set now: token and descriptor.
+    watched: BTreeMap<u32, RawFd>,
+    input_full: bool,
+    input_ended: bool,
+}
+
+impl Control {
+    /// What should be watched now.
+    fn wanted(&self) -> BTreeMap<u32, RawFd> {
+        let vmm = &self.vmm;
+        let mut wanted = BTreeMap::from([(MACHINE, vmm.events.2.as_raw_fd())]);
+        if let Some(server) = &vmm.server {
+            wanted.insert(SERVER, server.as_fd().as_raw_fd());
+        }
+        if let Some(signals) = &vmm.signals {
+            wanted.insert(SIGNAL, signals.as_raw_fd());
+        }
+        if let Some(created) = &vmm.created
+            && let Some(serial) = created.machine.as_ref().and_then(|m| m.serial.as_ref())
+            && let Some(input) = created.serial.as_ref().and_then(Stream::input)
+        {
+            wanted.insert(DRAINED, serial.drained.as_raw_fd());
+            if !self.input_full && !self.input_ended {
+                wanted.insert(INPUT, input.as_raw_fd());
+            }
+        }
+        wanted
+    }
+
+    /// Makes the epoll set what it should be.
+    fn reconcile(&mut self, ops: &mut EventOps) {
+        let wanted = self.wanted();
+        for (token, fd) in &self.watched {
+            if wanted.get(token) != Some(fd) {
+                // A descriptor that is closed has left the set by itself.
+                let _ = ops.remove(Events::with_data_raw(*fd, *token, EventSet::IN));
+            }
+        }
+        let mut watched = BTreeMap::new();
+        for (token, fd) in wanted {
+            let known = self.watched.get(&token) == Some(&fd);
+            match if known { Ok(()) } else { ops.add(Events::with_data_raw(fd, token, EventSet::IN)) } {
+                Ok(()) => drop(watched.insert(token, fd)),
+                // A regular file as input cannot be waited for: it has no more to say than nothing.
+                Err(e) if token == INPUT => {
+                    log::info!("standard input cannot be waited for: {e:?}");
+                    self.input_ended = true;
+                }
+                Err(e) => log::error!("cannot watch a descriptor: {e:?}"),
+            }
+        }
+        self.watched = watched;
+    }
+
+    fn serial_input(&mut self) {
+        let Some(created) = &self.vmm.created else { return };
+        let (Some(machine), Some(input)) = (&created.machine, created.serial.as_ref().and_then(Stream::input)) else {
+            return;
+        };
+        match machine.serial_input(|buffer| rustix::io::read(input, buffer).map_err(io::Error::from)) {
+            Ok(state) => {
+                self.input_full = state == InputState::Full;
+                self.input_ended = state == InputState::Ended;
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(e) => {
+                log::warn!("no more input for the serial port: {e}");
+                self.input_ended = true;
+            }
+        }
+    }
+
+    fn drained(&mut self) {
+        if let Some(serial) = self.vmm.created.as_ref().and_then(|c| c.machine.as_ref()).and_then(|m| m.serial.as_ref())
+        {
+            let _ = serial.drained.read();
+        }
+        self.input_full = false;
+    }
+
+    fn requests(&mut self) {
+        let Some(mut server) = self.vmm.server.take() else { return };
+        let result = server.dispatch(&mut |request: Request, _fds: Vec<OwnedFd>| self.vmm.handle(request));
+        self.vmm.server = Some(server);
+        if let Err(e) = result {
+            log::error!("the API's socket failed: {e}");
+            self.vmm.server = None;
+        }
+    }
+}
+
+impl MutEventSubscriber for Control {
+    fn init(&mut self, ops: &mut EventOps) {
+        self.reconcile(ops);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match events.data() {
+            SERVER => self.requests(),
+            SIGNAL => {
+                log::info!("asked to end by a signal");
+                self.vmm.shut_down();
+                self.vmm.outcome = Some(Outcome::Ended);
+            }
+            MACHINE => self.vmm.machine_events(),
+            INPUT => self.serial_input(),
+            DRAINED => self.drained(),
+            other => log::error!("event {other} is of no kind"),
+        }
+        self.reconcile(ops);
+    }
+}

@@ -1,0 +1,102 @@
+//! A built machine and the verbs on it. One thread owns it.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use arch::layout::port::GED_EVENT_POWER_BUTTON;
+use devices::legacy::Serial;
+use devices::platform::GenericEvent;
+use hypervisor::Vm;
+use virtio_devices::device::Memory;
+use virtio_devices::mapping::Mapping;
+use virtio_devices::transport::PciTransport;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::vcpu::Vcpus;
+
+/// What a running machine tells its owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// The guest powered the machine off.
+    PowerOff,
+    /// The guest wants a reset.
+    Reset,
+    /// The machine cannot go on.
+    Fault(String),
+}
+
+/// A machine. Its parts are dropped from top to bottom: nothing runs any more when the memory goes.
+pub struct Machine {
+    pub(crate) vcpus: Vcpus,
+    pub(crate) transports: Vec<Arc<PciTransport>>,
+    pub(crate) serial: Option<SerialPort>,
+    pub(crate) power_button: Arc<GenericEvent>,
+    pub(crate) _vm: Arc<dyn Vm>,
+    pub(crate) _windows: Vec<Arc<Mutex<Mapping>>>,
+    pub(crate) _ram: Memory,
+}
+
+/// The serial port and the signal that it wants more input.
+pub(crate) struct SerialPort {
+    pub port: Arc<Serial>,
+    pub drained: EventFd,
+}
+
+impl Machine {
+    /// Starts the vCPUs, for the first time or after [`Machine::pause`]. Devices go first, so that no vCPU waits for
+    /// one.
+    pub fn resume(&self) {
+        self.transports.iter().for_each(|t| t.resume());
+        self.vcpus.run();
+    }
+
+    /// Stops vCPUs, then devices. When this returns nothing changes the machine's state.
+    pub fn pause(&self) {
+        self.vcpus.pause();
+        self.transports.iter().for_each(|t| t.pause());
+    }
+
+    /// Presses the power button.
+    pub fn press_power_button(&self) {
+        self.power_button.raise(GED_EVENT_POWER_BUTTON);
+    }
+
+    /// Gives the serial port as much of `read`'s input as it has room for. Says whether it wants more now, and whether
+    /// the input has ended.
+    ///
+    /// # Errors
+    /// What `read` answers.
+    pub(crate) fn serial_input(&self, read: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Result<InputState> {
+        let Some(serial) = &self.serial else { return Ok(InputState::Ended) };
+        let mut buffer = [0; 64];
+        let room = serial.port.room().min(buffer.len());
+        let part = buffer.get_mut(..room).unwrap_or_default();
+        if part.is_empty() {
+            return Ok(InputState::Full);
+        }
+        let n = read(part)?;
+        if n == 0 {
+            return Ok(InputState::Ended);
+        }
+        serial.port.input(part.get(..n).unwrap_or_default());
+        Ok(if serial.port.room() == 0 { InputState::Full } else { InputState::Open })
+    }
+}
+
+/// What the serial port says of its input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum InputState {
+    /// More is welcome.
+    Open,
+    /// Wait until the guest has read it.
+    Full,
+    /// There will be no more.
+    Ended,
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.vcpus.stop();
+        self.transports.iter().for_each(|t| t.shut_down());
+    }
+}

@@ -1,0 +1,92 @@
+//! Guest RAM: private anonymous memory, or a memfd that other processes may map.
+#![expect(unsafe_code, reason = "memory slots are promised to KVM")]
+
+use std::fs::File;
+use std::io;
+
+use hypervisor::{MemorySlot, Vm};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use virtio_devices::device::Memory;
+use virtio_devices::mapping::Mapping;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::plan::{PlannedRam, PlannedWindow};
+
+/// Why there is no guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host has not that much.
+    #[error("cannot get {bytes} bytes of guest memory: {source}")]
+    Allocate {
+        /// Bytes asked for.
+        bytes: u64,
+        /// The cause.
+        source: io::Error,
+    },
+    /// KVM refused.
+    #[error(transparent)]
+    Hypervisor(#[from] hypervisor::Error),
+}
+
+/// Allocates RAM as planned; `shared` makes it a memfd.
+///
+/// # Errors
+/// If the host refuses.
+pub fn allocate(ram: &[PlannedRam], shared: bool) -> Result<Memory, MemoryError> {
+    let bytes: u64 = ram.iter().map(|r| r.len).sum();
+    let fail = |source| MemoryError::Allocate { bytes, source };
+    let memfd = shared.then(|| memfd(bytes)).transpose().map_err(fail)?;
+    let mut offset = 0;
+    let mut ranges = Vec::new();
+    for range in ram {
+        let len = usize::try_from(range.len).map_err(|e| fail(io::Error::other(e)))?;
+        let file = memfd.as_ref().map(|f| f.try_clone().map(|f| FileOffset::new(f, offset))).transpose();
+        ranges.push((GuestAddress(range.start), len, file.map_err(fail)?));
+        offset = offset.saturating_add(range.len);
+    }
+    Memory::from_ranges_with_files(ranges).map_err(|e| fail(io::Error::other(e)))
+}
+
+fn memfd(bytes: u64) -> io::Result<File> {
+    let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC)?;
+    ftruncate(&fd, bytes)?;
+    Ok(fd.into())
+}
+
+/// Shows RAM to the guest. The caller keeps `mem` until `vm` is gone.
+///
+/// # Errors
+/// If KVM refuses.
+pub fn add_ram(vm: &dyn Vm, ram: &[PlannedRam], mem: &Memory) -> Result<(), MemoryError> {
+    for (planned, region) in ram.iter().zip(mem.iter()) {
+        let slot = MemorySlot {
+            slot: planned.slot,
+            guest: region.start_addr().0,
+            len: region.len(),
+            host: region.as_ptr() as u64,
+            read_only: false,
+        };
+        // SAFETY: the region is a mapping owned by `mem`, which the machine drops after the VM; all accesses to guest
+        // memory in this process go through vm-memory's volatile accessors.
+        unsafe { vm.add_memory_slot(&slot) }?;
+    }
+    Ok(())
+}
+
+/// Shows a device's window to the guest. The caller keeps `mapping` until `vm` is gone.
+///
+/// # Errors
+/// If KVM refuses.
+pub fn add_window(vm: &dyn Vm, window: PlannedWindow, mapping: &Mapping, read_only: bool) -> Result<(), MemoryError> {
+    let slot = MemorySlot {
+        slot: window.slot,
+        guest: window.start,
+        len: window.len.min(mapping.len()),
+        host: mapping.host_address(),
+        read_only,
+    };
+    // SAFETY: the range is owned by `mapping`, which the machine drops after the VM, and nobody in this process reads
+    // or writes it.
+    unsafe { vm.add_memory_slot(&slot) }?;
+    Ok(())
+}
