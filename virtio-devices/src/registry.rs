@@ -131,6 +131,6 @@ pub const KINDS: &[&Kind] = &[
     &crate::rng::KIND,
     &crate::pmem::KIND,
     &crate::console::KIND,
-    &crate::gpu::KIND,
     &crate::vsock::KIND,
+    &crate::gpu::KIND,
 ];
