@@ -126,4 +126,4 @@ pub struct Kind {
 }
 
 /// Every kind of device, in the order of their PCI slots.
-pub const KINDS: &[&Kind] = &[&crate::rng::KIND, &crate::pmem::KIND, &crate::console::KIND];
+pub const KINDS: &[&Kind] = &[&crate::rng::KIND, &crate::blk::KIND, &crate::pmem::KIND, &crate::console::KIND];
