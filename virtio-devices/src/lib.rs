@@ -18,4 +18,5 @@ pub mod rng;
 pub mod testkit;
 pub mod transport;
 pub mod virtqueue;
+pub mod vsock;
 pub mod worker;

@@ -126,4 +126,12 @@ pub struct Kind {
 }
 
 /// Every kind of device, in the order of their PCI slots.
-pub const KINDS: &[&Kind] = &[&crate::rng::KIND, &crate::blk::KIND, &crate::pmem::KIND, &crate::console::KIND];
+#[rustfmt::skip]
+pub const KINDS: &[&Kind] = &[
+    &crate::rng::KIND,
+    &crate::blk::KIND,
+    &crate::pmem::KIND,
+    &crate::console::KIND,
+    &crate::gpu::KIND,
+    &crate::vsock::KIND,
+];
