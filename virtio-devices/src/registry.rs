@@ -129,6 +129,7 @@ pub struct Kind {
 #[rustfmt::skip]
 pub const KINDS: &[&Kind] = &[
     &crate::rng::KIND,
+    &crate::blk::KIND,
     &crate::pmem::KIND,
     &crate::console::KIND,
     &crate::vsock::KIND,
