@@ -342,6 +342,16 @@ impl RunningDriver {
         head
     }
 
+    /// Makes a chain of (address, length, device-writable) available and kicks.
+    ///
+    /// # Panics
+    /// If the kick fails.
+    pub fn offer_parts(&mut self, queue: u16, parts: &[(u64, u32, bool)]) -> u16 {
+        let head = self.driver.offer_parts(queue, parts);
+        self.driver.kicks[usize::from(queue)].write(1).unwrap();
+        head
+    }
+
     /// The driver, for looking at rings and memory.
     pub fn driver(&mut self) -> &mut Driver {
         &mut self.driver

@@ -136,6 +136,11 @@ impl VirtQueue {
         self.budget == 0
     }
 
+    /// Whether something was popped since the last [`VirtQueue::rearm`], or was looked for in vain.
+    pub(crate) fn wants_rearm(&self) -> bool {
+        self.drained || self.budget != self.queue.size()
+    }
+
     /// How many chains the device holds.
     #[must_use]
     pub fn in_flight(&self) -> usize {

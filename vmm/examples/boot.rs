@@ -4,12 +4,10 @@ use std::error::Error;
 use std::sync::Arc;
 
 use hypervisor::kvm::Kvm;
+use virtio_devices::gpu::NoRenderer;
 use vmm::Vmm;
 use vmm::sandbox::Unconfined;
 use vmm_config::{ConsoleConfig, ConsoleMode, PayloadConfig, SerialConfig, VmConfig};
-
-struct NoGraphics;
-impl virtio_devices::gpu::RendererFactory for NoGraphics {}
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut files = std::env::args_os().skip(1);
@@ -26,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     config.memory.size = 256 << 20;
 
-    let mut vmm = Vmm::new(Arc::new(Kvm::open()?), Box::new(NoGraphics), Box::new(Unconfined))?;
+    let mut vmm = Vmm::new(Arc::new(Kvm::open()?), Box::new(NoRenderer), Box::new(Unconfined))?;
     vmm.create(config)?;
     vmm.boot()?;
     let outcome = vmm.run()?;

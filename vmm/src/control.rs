@@ -27,12 +27,6 @@ pub enum VmmError {
     /// The configuration makes no sense.
     #[error("{}", .0.join("\n"))]
     Config(Vec<String>),
-    /// KVM here runs no unmodified kernels.
-    #[error(
-        "this host's KVM works without hardware virtualisation (the CPU has neither vmx nor svm), on which unmodified \
-         kernels do not run; use a host with virtualisation enabled"
-    )]
-    SoftwareOnly,
     /// KVM cannot be used.
     #[error(transparent)]
     Hypervisor(#[from] hypervisor::Error),
@@ -53,13 +47,17 @@ pub enum VmmError {
     Events(String),
 }
 
+/// What a user should know when a guest fails on a KVM that works without the CPU's help.
+const SOFTWARE_ONLY: &str = "this host's KVM works without hardware virtualisation (the CPU has neither vmx nor svm), \
+                             and unmodified kernels do not run on that; use a host with virtualisation enabled";
+
 /// How the VMM came to its end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// The guest powered off, or the VMM was asked to end.
     Ended,
-    /// The machine failed; the log says why.
-    Failed,
+    /// The machine failed, and why.
+    Failed(String),
 }
 
 /// What a machine said, and which machine it was: events of one that is gone are stale.
@@ -79,8 +77,6 @@ pub struct Vmm {
     hypervisor: Arc<dyn Hypervisor>,
     renderer: Box<dyn RendererFactory>,
     confinement: Box<dyn Confinement>,
-    /// Run unmodified kernels even where KVM is software only.
-    allow_software: bool,
     created: Option<Created>,
     server: Option<Server>,
     signals: Option<UnixStream>,
@@ -112,7 +108,6 @@ impl Vmm {
             hypervisor,
             renderer,
             confinement,
-            allow_software: false,
             created: None,
             server: None,
             signals: None,
@@ -120,11 +115,6 @@ impl Vmm {
             generation: 0,
             outcome: None,
         })
-    }
-
-    /// Boots also where KVM has no hardware behind it: for guests made for that, as in benchmarks.
-    pub fn allow_software_kvm(&mut self) {
-        self.allow_software = true;
     }
 
     /// Answers requests on `server`.
@@ -172,8 +162,8 @@ impl Vmm {
     /// # Errors
     /// If there is none, or it cannot be built.
     pub fn boot(&mut self) -> Result<(), VmmError> {
-        if self.hypervisor.capabilities().software_only && !self.allow_software {
-            return Err(VmmError::SoftwareOnly);
+        if self.hypervisor.capabilities().software_only {
+            log::info!("{SOFTWARE_ONLY}");
         }
         let physical_bits = arch::cpuid::physical_bits(&self.hypervisor.capabilities().cpuid);
         let max_vcpus = self.hypervisor.capabilities().max_vcpus;
@@ -231,7 +221,7 @@ impl Vmm {
                 Err(e) => return Err(fail(e)),
             }
             let vmm = &mut manager.subscriber_mut(id).map_err(fail)?.vmm;
-            if let Some(outcome) = vmm.outcome {
+            if let Some(outcome) = vmm.outcome.take() {
                 return Ok(outcome);
             }
         }
@@ -313,14 +303,13 @@ impl Vmm {
                 MachineEvent::Reset => {
                     log::info!("the guest reboots");
                     if let Err(e) = self.reboot() {
-                        log::error!("cannot boot again: {e}");
-                        self.outcome = Some(Outcome::Failed);
+                        self.outcome = Some(Outcome::Failed(format!("cannot boot again: {e}")));
                     }
                 }
                 MachineEvent::Fault(why) => {
-                    log::error!("the machine stopped: {why}");
                     self.shut_down();
-                    self.outcome = Some(Outcome::Failed);
+                    let why = if self.hypervisor.capabilities().software_only { SOFTWARE_ONLY.into() } else { why };
+                    self.outcome = Some(Outcome::Failed(format!("the machine stopped: {why}")));
                 }
             }
         }

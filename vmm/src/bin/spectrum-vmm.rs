@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use hypervisor::kvm::Kvm;
+use rutabaga_glue::RutabagaFactory;
 use vmm::build::Confinement;
 use vmm::cli::{Cli, Endpoint, Seccomp};
 use vmm::sandbox::{Filters, Mode, SeccompError, Unconfined};
@@ -20,7 +21,10 @@ fn main() -> ExitCode {
     };
     match run(&cli) {
         Ok(Outcome::Ended) => ExitCode::SUCCESS,
-        Ok(Outcome::Failed) => ExitCode::FAILURE,
+        Ok(Outcome::Failed(why)) => {
+            eprintln!("spectrum-vmm: {why}");
+            ExitCode::FAILURE
+        }
         Err(e) => {
             eprintln!("spectrum-vmm: {e}");
             ExitCode::FAILURE
@@ -36,7 +40,7 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         None => None,
     };
     let (kvm, signals) = (Arc::new(Kvm::open()?), signals()?);
-    let mut vmm = Vmm::new(kvm, Box::new(NoRenderer), confine(cli.seccomp)?)?;
+    let mut vmm = Vmm::new(kvm, Box::new(RutabagaFactory), confine(cli.seccomp)?)?;
     vmm.end_on(signals);
     if let Some(server) = server {
         vmm.serve(server);
@@ -59,9 +63,6 @@ fn confine(seccomp: Seccomp) -> Result<Box<dyn Confinement>, SeccompError> {
     filters.confine_control()?;
     Ok(Box::new(filters))
 }
-
-struct NoRenderer;
-impl virtio_devices::gpu::RendererFactory for NoRenderer {}
 
 /// A socket on which something arrives when the process is asked to end.
 fn signals() -> io::Result<UnixStream> {
