@@ -17,4 +17,5 @@ pub mod rng;
 pub mod testkit;
 pub mod transport;
 pub mod virtqueue;
+pub mod vsock;
 pub mod worker;

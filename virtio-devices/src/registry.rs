@@ -132,4 +132,5 @@ pub const KINDS: &[&Kind] = &[
     &crate::pmem::KIND,
     &crate::console::KIND,
     &crate::gpu::KIND,
+    &crate::vsock::KIND,
 ];

@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError, TryLockError};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcsetattr};
 use virtio_devices::registry::ConsoleEnds;
 use vmm_config::{ConsoleConfig, ConsoleMode};
 
@@ -56,7 +56,7 @@ pub fn restore_terminal() {
 struct RawMode;
 
 impl RawMode {
-    /// Puts standard input into raw mode, if it is a terminal.
+    /// Puts standard input into raw mode, if it is a terminal. All keys go to the guest but Ctrl-C, which ends the VMM.
     fn enter() -> io::Result<Option<Self>> {
         let stdin = io::stdin();
         if !isatty(&stdin) {
@@ -65,6 +65,10 @@ impl RawMode {
         let saved = tcgetattr(&stdin)?;
         let mut raw = saved.clone();
         raw.make_raw();
+        raw.local_modes |= LocalModes::ISIG;
+        // Zero is no character (_POSIX_VDISABLE).
+        raw.special_codes[SpecialCodeIndex::VQUIT] = 0;
+        raw.special_codes[SpecialCodeIndex::VSUSP] = 0;
         // Remembered first: there is no moment in which it is raw and nobody knows how it was.
         *BEFORE_RAW.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
         tcsetattr(&stdin, OptionalActions::Now, &raw)?;

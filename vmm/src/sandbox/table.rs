@@ -76,7 +76,11 @@ pub(super) const EVERY: &[Rule] = &[
     when(libc::SYS_prctl, &[Test::Masked(0, ALL, libc::PR_GET_NAME.cast_unsigned())], "a trap's message"),
     when(libc::SYS_prctl, &[Test::Masked(0, ALL, PR_SET_VMA)], "the allocator names its memory"),
     when(libc::SYS_prctl, &[Test::Masked(0, ALL, PR_GET_AUXV)], "the size of a page"),
-    when(libc::SYS_fcntl, &[Test::Masked(1, ALL, libc::F_GETFD.cast_unsigned())], "builds with checks drop descriptors"),
+    when(
+        libc::SYS_fcntl,
+        &[Test::Masked(1, ALL, libc::F_GETFD.cast_unsigned())],
+        "builds with checks drop descriptors",
+    ),
     always(libc::SYS_gettid, "abort"),
     always(libc::SYS_getpid, "abort, kick a vCPU"),
     when(libc::SYS_tgkill, &[Test::OwnProcess(0)], "abort, kick a vCPU"),
