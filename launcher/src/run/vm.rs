@@ -66,6 +66,8 @@ pub struct Vm {
     agent: Option<AgentLink>,
     messages: Tail,
     console: Tail,
+    /// The serial port, where the kernel speaks before it has the console. Only for debugging: it is slow.
+    serial: Option<Tail>,
     boot_timeout: Duration,
 }
 
@@ -77,6 +79,10 @@ impl Vm {
         let ready = UnixListener::bind(folder.path(&format!("vsock.sock_{READY_PORT}")))
             .map_err(io_error("listen for the VM"))?;
         let console = console_pipe(&folder.path("console")).map_err(io_error("make a pipe for the VM's console"))?;
+        let serial = match settings.debug {
+            true => Some(console_pipe(&folder.path("serial")).map_err(io_error("make a pipe for the VM's console"))?),
+            false => None,
+        };
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
             .map_err(io_error("make a pipe for the VMM's messages"))?;
         ioctl_fionbio(&read, true).map_err(io_error("read the VMM's messages"))?;
@@ -97,6 +103,7 @@ impl Vm {
             agent: None,
             messages: Tail::new(read, settings.debug),
             console: Tail::new(console.into(), settings.debug),
+            serial: serial.map(|pipe| Tail::new(pipe.into(), true)),
             boot_timeout: settings.boot_timeout,
         })
     }
@@ -113,7 +120,11 @@ impl Vm {
             let mut set: Vec<PollFd<'_>> =
                 wanted.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
             set.push(PollFd::new(&self.pidfd, PollFlags::IN));
-            let others = signals.fds().chain(self.messages.fd()).chain(self.console.fd());
+            let others = signals
+                .fds()
+                .chain(self.messages.fd())
+                .chain(self.console.fd())
+                .chain(self.serial.as_ref().and_then(Tail::fd));
             set.extend(others.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             let left = left.and_then(|left| Timespec::try_from(left).ok());
@@ -124,8 +135,7 @@ impl Vm {
             }
         };
         let (count, mut happened) = count;
-        self.messages.drain();
-        self.console.drain();
+        self.drain();
         if let Some(signal) = signals.received() {
             return Err(RunError::Interrupted(signal));
         }
@@ -190,8 +200,7 @@ impl Vm {
     pub fn reason_for_loss(&mut self) -> Option<VmError> {
         self.wait_for_exit(Duration::from_secs(1));
         let status = self.child.try_wait().ok().flatten()?;
-        self.messages.drain();
-        self.console.drain();
+        self.drain();
         Some(VmError::Ended { status, messages: self.last_messages() })
     }
 
@@ -199,6 +208,13 @@ impl Vm {
     pub fn wait_for_end(&mut self, signals: &Signals) {
         let end = Instant::now() + PATIENCE;
         while let Ok(Some(_)) = self.wait(signals, &[], Some(end)) {}
+    }
+
+    /// Reads what VMM and guest have printed.
+    fn drain(&mut self) {
+        self.messages.drain();
+        self.console.drain();
+        self.serial.iter_mut().for_each(Tail::drain);
     }
 
     fn last_messages(&self) -> String {
@@ -272,7 +288,7 @@ fn arguments(settings: &Settings, folder: &RunFolder) -> Vec<OsString> {
         "--vsock".into(),
         with(&format!("cid={GUEST_CID},socket="), &folder.path("vsock.sock"), ""),
         "--serial".into(),
-        if settings.debug { with("file=", &folder.path("console"), "") } else { "off".into() },
+        if settings.debug { with("file=", &folder.path("serial"), "") } else { "off".into() },
         "--console".into(),
         with("file=", &folder.path("console"), ""),
         "--rng".into(),
