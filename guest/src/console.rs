@@ -16,27 +16,19 @@ pub fn print(message: fmt::Arguments<'_>) {
     let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
-/// Prints what the parts that use the `log` crate have to say.
-struct ConsoleLog;
-
-impl log::Log for ConsoleLog {
-    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.level() <= log::max_level()
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
-            print(format_args!("{}: {}", record.target(), record.args()));
+/// Sends what libraries and shared modules log, from information upwards, the same way.
+pub fn log_to_console() {
+    struct Console;
+    impl log::Log for Console {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
         }
+        fn log(&self, record: &log::Record<'_>) {
+            say!("{}", record.args());
+        }
+        fn flush(&self) {}
     }
-
-    fn flush(&self) {}
-}
-
-/// From now on the log goes to the console: warnings, or everything.
-pub fn show_log(everything: bool) {
-    static LOG: ConsoleLog = ConsoleLog;
-    if log::set_logger(&LOG).is_ok() {
-        log::set_max_level(if everything { log::LevelFilter::Debug } else { log::LevelFilter::Warn });
+    if log::set_logger(&Console).is_ok() {
+        log::set_max_level(log::LevelFilter::Info);
     }
 }

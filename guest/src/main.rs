@@ -8,7 +8,8 @@ mod console;
 mod init;
 mod sys;
 
-use std::{convert::Infallible, os::fd::AsFd, os::unix::net::UnixListener, process::ExitCode};
+use std::os::fd::AsFd;
+use std::process::ExitCode;
 
 use console::say;
 use spectrum_guest::wayland;
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
     match part.to_str() {
         Some("init") => init::main(),
         Some("agent") => agent::main(),
-        Some("wayland") => run_wayland(),
+        Some("wayland") => wayland_proxy(),
         _ => {
             say!("{USAGE}");
             ExitCode::from(2)
@@ -34,20 +35,13 @@ fn main() -> ExitCode {
 }
 
 /// The Wayland proxy. Its listening socket is standard input, made by PID 1 so that it exists before any application.
-fn run_wayland() -> ExitCode {
-    console::show_log(init::debug_wanted());
-    let error = match serve_wayland() {
-        Ok(never) => match never {},
-        Err(error) => error,
-    };
+fn wayland_proxy() -> ExitCode {
+    console::log_to_console();
+    let Err(error) = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(wayland::Error::Accept)
+        .and_then(|socket| wayland::run(&socket.into(), &wayland::Options::default()));
     say!("wayland: {error}");
     ExitCode::FAILURE
-}
-
-fn serve_wayland() -> Result<Infallible, wayland::Error> {
-    let listen = |source| wayland::Error::Listen { path: "standard input".into(), source };
-    let listener = UnixListener::from(std::io::stdin().as_fd().try_clone_to_owned().map_err(listen)?);
-    let device = wayland::find_device().map_err(wayland::Error::Device)?;
-    let limit = wayland::Options::new("").max_clients;
-    wayland::serve(&listener, limit, move || wayland::VirtGpu::open(&device))
 }

@@ -50,11 +50,6 @@ pub fn main() -> ExitCode {
     power::end(ending)
 }
 
-/// True when the kernel command line has `spectrum.debug`. For the other parts of this binary.
-pub fn debug_wanted() -> bool {
-    fs::read_to_string("/proc/cmdline").is_ok_and(|line| Parameters::parse(&line).0.debug)
-}
-
 fn run() -> Result<Ending, InitError> {
     say!("init: started");
     root::early_mounts()?;

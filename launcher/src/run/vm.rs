@@ -66,8 +66,6 @@ pub struct Vm {
     agent: Option<AgentLink>,
     messages: Tail,
     console: Tail,
-    /// The serial port, where the kernel speaks before it has the console. Only for debugging: it is slow.
-    serial: Option<Tail>,
     boot_timeout: Duration,
 }
 
@@ -79,10 +77,6 @@ impl Vm {
         let ready = UnixListener::bind(folder.path(&format!("vsock.sock_{READY_PORT}")))
             .map_err(io_error("listen for the VM"))?;
         let console = console_pipe(&folder.path("console")).map_err(io_error("make a pipe for the VM's console"))?;
-        let serial = match settings.debug {
-            true => Some(console_pipe(&folder.path("serial")).map_err(io_error("make a pipe for the VM's console"))?),
-            false => None,
-        };
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
             .map_err(io_error("make a pipe for the VMM's messages"))?;
         ioctl_fionbio(&read, true).map_err(io_error("read the VMM's messages"))?;
@@ -103,7 +97,6 @@ impl Vm {
             agent: None,
             messages: Tail::new(read, settings.debug),
             console: Tail::new(console.into(), settings.debug),
-            serial: serial.map(|pipe| Tail::new(pipe.into(), true)),
             boot_timeout: settings.boot_timeout,
         })
     }
@@ -120,11 +113,7 @@ impl Vm {
             let mut set: Vec<PollFd<'_>> =
                 wanted.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
             set.push(PollFd::new(&self.pidfd, PollFlags::IN));
-            let others = signals
-                .fds()
-                .chain(self.messages.fd())
-                .chain(self.console.fd())
-                .chain(self.serial.as_ref().and_then(Tail::fd));
+            let others = signals.fds().chain(self.messages.fd()).chain(self.console.fd());
             set.extend(others.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             let left = left.and_then(|left| Timespec::try_from(left).ok());
@@ -135,7 +124,8 @@ impl Vm {
             }
         };
         let (count, mut happened) = count;
-        self.drain();
+        self.messages.drain();
+        self.console.drain();
         if let Some(signal) = signals.received() {
             return Err(RunError::Interrupted(signal));
         }
@@ -200,7 +190,8 @@ impl Vm {
     pub fn reason_for_loss(&mut self) -> Option<VmError> {
         self.wait_for_exit(Duration::from_secs(1));
         let status = self.child.try_wait().ok().flatten()?;
-        self.drain();
+        self.messages.drain();
+        self.console.drain();
         Some(VmError::Ended { status, messages: self.last_messages() })
     }
 
@@ -208,13 +199,6 @@ impl Vm {
     pub fn wait_for_end(&mut self, signals: &Signals) {
         let end = Instant::now() + PATIENCE;
         while let Ok(Some(_)) = self.wait(signals, &[], Some(end)) {}
-    }
-
-    /// Reads what VMM and guest have printed.
-    fn drain(&mut self) {
-        self.messages.drain();
-        self.console.drain();
-        self.serial.iter_mut().for_each(Tail::drain);
     }
 
     fn last_messages(&self) -> String {
@@ -267,9 +251,12 @@ fn arguments(settings: &Settings, folder: &RunFolder) -> Vec<OsString> {
         text.push(suffix);
         text
     };
-    // "quiet" keeps what the kernel prints for itself off the console; what fails is still said.
-    let mut cmdline = format!("panic=-1 spectrum.root=/dev/pmem0 spectrum.hostname={}", settings.hostname);
-    cmdline.insert_str(0, if settings.debug { "console=ttyS0 console=hvc0 " } else { "console=hvc0 quiet " });
+    // "quiet" keeps what the kernel prints for itself off the console; what fails is still said. Who debugs wants all of
+    // it, and the serial port has it from the first line on.
+    let console = if settings.debug { "console=ttyS0" } else { "console=hvc0 quiet" };
+    let cmdline = format!("{console} panic=-1 spectrum.root=/dev/pmem0 spectrum.hostname={}", settings.hostname);
+    let on = with("file=", &folder.path("console"), "");
+    let (serial, virtio) = if settings.debug { (on, "off".into()) } else { ("off".into(), on) };
     let mut arguments: Vec<OsString> = vec![
         "--api-socket".into(),
         folder.path("api.sock").into(),
@@ -288,9 +275,9 @@ fn arguments(settings: &Settings, folder: &RunFolder) -> Vec<OsString> {
         "--vsock".into(),
         with(&format!("cid={GUEST_CID},socket="), &folder.path("vsock.sock"), ""),
         "--serial".into(),
-        if settings.debug { with("file=", &folder.path("serial"), "") } else { "off".into() },
+        serial,
         "--console".into(),
-        with("file=", &folder.path("console"), ""),
+        virtio,
         "--rng".into(),
         "src=/dev/urandom".into(),
     ];
