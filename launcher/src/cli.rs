@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
@@ -16,6 +16,10 @@ pub struct Cli {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Run an application in a virtual machine of its own
+    ///
+    /// The application's exit status becomes that of this command; 125 means that the VM failed.
+    Run(RunOptions),
     /// Make, list and remove templates
     #[command(subcommand)]
     Template(TemplateCommand),
@@ -78,4 +82,48 @@ pub struct BootOptions {
     /// The static spectrum-guest binary [default: next to this program]
     #[arg(long, env = "SPECTRUM_GUEST", value_name = "FILE")]
     pub guest: Option<PathBuf>,
+}
+
+/// What `run` takes.
+#[derive(Debug, Args)]
+pub struct RunOptions {
+    /// Template to run it from [default: "default", or the only one there is]
+    #[arg(long, env = "SPECTRUM_TEMPLATE", value_name = "NAME")]
+    pub template: Option<String>,
+    /// The VMM [default: spectrum-vmm next to this program or in PATH]
+    #[arg(long, env = "SPECTRUM_VMM", value_name = "FILE")]
+    pub vmm: Option<PathBuf>,
+    /// A further argument for the VMM; may be repeated
+    #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
+    pub vmm_arg: Vec<OsString>,
+    /// Memory of the VM
+    #[arg(long, default_value = "512M", value_name = "SIZE")]
+    pub memory: String,
+    /// Virtual CPUs
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..), value_name = "NUMBER")]
+    pub cpus: u8,
+    /// Socket of the Wayland compositor [default: the session's]
+    #[arg(long, value_name = "SOCKET", conflicts_with = "no_wayland")]
+    pub wayland: Option<PathBuf>,
+    /// The application has no windows
+    #[arg(long)]
+    pub no_wayland: bool,
+    /// Account in the VM that runs it
+    #[arg(long, default_value = "user", value_name = "NAME")]
+    pub user: String,
+    /// Folder in the VM it starts in [default: the account's home]
+    #[arg(long, value_name = "FOLDER")]
+    pub cwd: Option<String>,
+    /// Environment variable for it; may be repeated
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// Seconds the VM may take until it can run the application
+    #[arg(long, env = "SPECTRUM_BOOT_TIMEOUT", default_value_t = 300, value_name = "SECONDS")]
+    pub boot_timeout: u64,
+    /// Show the VMM's messages and the VM's console on standard error
+    #[arg(long)]
+    pub debug: bool,
+    /// The application and its arguments
+    #[arg(required = true, trailing_var_arg = true, value_name = "APP")]
+    pub command: Vec<String>,
 }

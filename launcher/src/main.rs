@@ -5,6 +5,7 @@
 mod cli;
 mod home;
 mod progress;
+mod run;
 mod template;
 
 use std::process::ExitCode;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
 fn dispatch(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let home = home::Home::find()?;
     match cli.command {
+        Command::Run(options) => return Ok(run::run(&home, &options)?),
         Command::Template(TemplateCommand::Build(options)) => template::build(&home, &options)?,
         Command::Template(TemplateCommand::Refresh(options)) => template::refresh(&home, &options)?,
         Command::Template(TemplateCommand::List) => template::list(&home)?,

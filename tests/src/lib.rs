@@ -1,1 +1,27 @@
-//! Whole-VM tests: they drive the programs as a user does.
+//! What whole-VM tests share: they start the programs as a user does and watch what comes out.
+//!
+//! * [`VmmCommand`] describes a `spectrum-vmm` process, [`Vmm`] is one that runs: wait for its text, type into it, signal
+//!   it, ask its API. It is killed when it goes out of scope.
+//! * [`Initramfs`] makes the image a guest boots: `guest-probe` as its first process, which does the jobs named on the
+//!   kernel command line and prints what came of them; or any other program.
+//! * [`tiny`] is a guest of a few bytes for tests that need a running machine and no Linux.
+//! * [`curl`] asks the API as people do by hand.
+//!
+//! Nothing here sleeps: every wait is for text, for the end of a process or for an answer, with a time-out that only a
+//! hang reaches ([`TIMEOUT`]).
+
+pub mod curl;
+mod initramfs;
+mod output;
+pub mod programs;
+pub mod tiny;
+mod vmm;
+
+use std::time::Duration;
+
+pub use initramfs::Initramfs;
+pub use output::Output;
+pub use vmm::{Ended, Terminal, Vmm, VmmCommand};
+
+/// How long anything may take before it counts as hanging: a boot on an emulated machine takes a tenth of it.
+pub const TIMEOUT: Duration = Duration::from_secs(150);

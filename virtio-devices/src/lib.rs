@@ -6,6 +6,7 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unreachable)
 )]
 
+pub mod console;
 pub mod device;
 pub mod gpu;
 pub mod mapping;
@@ -16,4 +17,5 @@ pub mod rng;
 pub mod testkit;
 pub mod transport;
 pub mod virtqueue;
+pub mod vsock;
 pub mod worker;

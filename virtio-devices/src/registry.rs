@@ -126,4 +126,11 @@ pub struct Kind {
 }
 
 /// Every kind of device, in the order of their PCI slots.
-pub const KINDS: &[&Kind] = &[&crate::rng::KIND, &crate::pmem::KIND, &crate::gpu::KIND];
+#[rustfmt::skip]
+pub const KINDS: &[&Kind] = &[
+    &crate::rng::KIND,
+    &crate::pmem::KIND,
+    &crate::console::KIND,
+    &crate::gpu::KIND,
+    &crate::vsock::KIND,
+];

@@ -281,6 +281,13 @@ impl Driver {
             .collect()
     }
 
+    /// The used ring's index: how many chains ever came back, modulo 2^16.
+    #[must_use]
+    pub fn used_idx(&self, queue: u16) -> u16 {
+        let (_, _, used) = area(usize::from(queue));
+        self.mem.memory().read_obj(GuestAddress(used + 2)).unwrap()
+    }
+
     /// The bytes now in buffer number `part` of the chain at `head`.
     #[must_use]
     pub fn read(&self, queue: u16, head: u16, part: usize) -> Vec<u8> {

@@ -25,6 +25,8 @@ pub struct VirtQueue {
     budget: u16,
     /// The last pop found the ring empty.
     drained: bool,
+    /// Chains were given back since the driver was last told.
+    unsignalled: bool,
 }
 
 impl VirtQueue {
@@ -33,7 +35,7 @@ impl VirtQueue {
     pub fn new(index: u16, queue: Queue, mem: GuestMemoryAtomic<Memory>, interrupt: Arc<dyn Interrupt>) -> Self {
         let held = vec![false; usize::from(queue.size())];
         let budget = queue.size();
-        Self { index, queue, mem, interrupt, held, budget, drained: false }
+        Self { index, queue, mem, interrupt, held, budget, drained: false, unsignalled: false }
     }
 
     /// The queue's number.
@@ -100,16 +102,20 @@ impl VirtQueue {
             Some(held) if *held => *held = false,
             _ => return Err(Broken::UnknownHead { index: self.index, head }),
         }
+        self.unsignalled = true;
         let mem = self.mem.memory();
         self.queue.add_used(&*mem, head, len).map_err(|e| self.ring(e))
     }
 
     /// Interrupts the driver if it wants to hear of what was pushed (virtio 1.3 section 2.7.7). Call it once after a
-    /// batch.
+    /// batch; without anything pushed it does nothing.
     ///
     /// # Errors
     /// If the rings are not in guest memory.
     pub fn notify(&mut self) -> Result<(), Broken> {
+        if !std::mem::take(&mut self.unsignalled) {
+            return Ok(());
+        }
         let mem = self.mem.memory();
         if self.queue.needs_notification(&*mem).map_err(|e| self.ring(e))? {
             self.interrupt.queue(self.index);
@@ -121,19 +127,24 @@ impl VirtQueue {
     /// device should be called again at once, because it stopped for its share or because chains arrived after it had
     /// seen the ring empty. Chains it left in the ring on purpose are no reason: it takes them when it has a use.
     pub(crate) fn rearm(&mut self) -> Result<bool, Broken> {
-        let exhausted = self.exhausted();
+        let (exhausted, drained) = (self.exhausted(), std::mem::take(&mut self.drained));
         self.budget = self.queue.size();
         if !self.queue.ready() {
             return Ok(false);
         }
         let mem = self.mem.memory();
         let available = self.queue.enable_notification(&*mem).map_err(|e| self.ring(e))?;
-        Ok(available && (exhausted || self.drained))
+        Ok(available && (exhausted || drained))
     }
 
     /// Whether the last dispatch ended because it had its share, not because the ring was empty.
     pub(crate) fn exhausted(&self) -> bool {
         self.budget == 0
+    }
+
+    /// Whether something was popped since the last [`VirtQueue::rearm`], or was looked for in vain.
+    pub(crate) fn wants_rearm(&self) -> bool {
+        self.drained || self.budget != self.queue.size()
     }
 
     /// How many chains the device holds.

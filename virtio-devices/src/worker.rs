@@ -280,6 +280,7 @@ impl Running {
                 // More arrived meanwhile, or the queue had its share: come back after the other events.
                 let _ = kick.write(1);
             }
+            self.refill()?;
         } else if !self.broken
             && let Ok(source) = usize::try_from(token - FIRST_SOURCE)
             && self.active.listens(source)
@@ -290,11 +291,12 @@ impl Running {
         Ok(())
     }
 
-    /// A source call may have popped from any queue: give each its next share.
+    /// A call may have popped from any queue: give each its next share, and ask the driver for kicks where it
+    /// found the ring empty (with event indices the driver would stay silent otherwise).
     fn refill(&mut self) -> Result<(), Broken> {
         for (index, kick) in self.kicks.iter().enumerate() {
             let Some(queue) = self.active.queues.get_mut(index) else { continue };
-            if queue.exhausted() && queue.rearm()? {
+            if queue.wants_rearm() && queue.rearm()? {
                 let _ = kick.write(1);
             }
         }

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::sync::Arc;
 
 use hypervisor::kvm::Kvm;
+use virtio_devices::gpu::NoRenderer;
 use vmm::Vmm;
 use vmm::sandbox::Unconfined;
 use vmm_config::{ConsoleConfig, ConsoleMode, PayloadConfig, SerialConfig, VmConfig};
@@ -23,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     config.memory.size = 256 << 20;
 
-    let mut vmm = Vmm::new(Arc::new(Kvm::open()?), Box::new(virtio_devices::gpu::NoRenderer), Box::new(Unconfined))?;
+    let mut vmm = Vmm::new(Arc::new(Kvm::open()?), Box::new(NoRenderer), Box::new(Unconfined))?;
     vmm.create(config)?;
     vmm.boot()?;
     let outcome = vmm.run()?;

@@ -163,7 +163,7 @@ impl Vmm {
     /// If there is none, or it cannot be built.
     pub fn boot(&mut self) -> Result<(), VmmError> {
         if self.hypervisor.capabilities().software_only {
-            log::warn!("{SOFTWARE_ONLY}");
+            log::info!("{SOFTWARE_ONLY}");
         }
         let physical_bits = arch::cpuid::physical_bits(&self.hypervisor.capabilities().cpuid);
         let max_vcpus = self.hypervisor.capabilities().max_vcpus;

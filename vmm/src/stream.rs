@@ -4,11 +4,12 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError, TryLockError};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcsetattr};
 use virtio_devices::registry::ConsoleEnds;
 use vmm_config::{ConsoleConfig, ConsoleMode};
 
@@ -33,13 +34,29 @@ pub enum StreamError {
     },
 }
 
-/// The terminal the VMM was started from, in raw mode until this is dropped.
-struct RawMode {
-    saved: Termios,
+/// How the terminal was before it was put into raw mode, while it is.
+static BEFORE_RAW: Mutex<Option<Termios>> = Mutex::new(None);
+
+/// Gives the terminal back as it was, if it is in raw mode: when the machine's streams are closed, and by who ends the
+/// process in another way. It takes no lock that could be held for long and allocates nothing.
+pub fn restore_terminal() {
+    let saved = match BEFORE_RAW.try_lock() {
+        Ok(mut saved) => saved.take(),
+        Err(TryLockError::Poisoned(saved)) => saved.into_inner().take(),
+        // Somebody is just about to do it.
+        Err(TryLockError::WouldBlock) => None,
+    };
+    if let Some(saved) = saved {
+        // Nobody is left to be told if it fails.
+        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &saved);
+    }
 }
 
+/// The terminal the VMM was started from, in raw mode until this is dropped.
+struct RawMode;
+
 impl RawMode {
-    /// Puts standard input into raw mode, if it is a terminal.
+    /// Puts standard input into raw mode, if it is a terminal. All keys go to the guest but Ctrl-C, which ends the VMM.
     fn enter() -> io::Result<Option<Self>> {
         let stdin = io::stdin();
         if !isatty(&stdin) {
@@ -48,16 +65,20 @@ impl RawMode {
         let saved = tcgetattr(&stdin)?;
         let mut raw = saved.clone();
         raw.make_raw();
+        raw.local_modes |= LocalModes::ISIG;
+        // Zero is no character (_POSIX_VDISABLE).
+        raw.special_codes[SpecialCodeIndex::VQUIT] = 0;
+        raw.special_codes[SpecialCodeIndex::VSUSP] = 0;
+        // Remembered first: there is no moment in which it is raw and nobody knows how it was.
+        *BEFORE_RAW.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
         tcsetattr(&stdin, OptionalActions::Now, &raw)?;
-        Ok(Some(Self { saved }))
+        Ok(Some(Self))
     }
 }
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        if let Err(e) = tcsetattr(io::stdin(), OptionalActions::Now, &self.saved) {
-            log::error!("cannot restore the terminal: {e}");
-        }
+        restore_terminal();
     }
 }
 

@@ -60,23 +60,22 @@ pub enum KernelError {
 pub struct Kernel {
     /// Release, as `uname -r` tells it.
     pub release: String,
-    folder: PathBuf,
+    /// The compressed kernel (bzImage).
+    pub image: PathBuf,
+    /// The folder with `lib/modules`.
+    base: PathBuf,
 }
 
 impl Kernel {
-    /// Uses an unpacked package.
+    /// Uses an unpacked package, or a folder with the kernel as `vmlinuz` and the package's modules below `root`.
     pub fn in_folder(folder: &Path) -> Result<Self, KernelError> {
         let missing = || KernelError::NoKernel(folder.to_owned());
-        let entries = fs::read_dir(folder.join("boot")).map_err(|_| missing())?;
-        let mut releases: Vec<String> = entries
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("vmlinuz-").map(str::to_owned))
-            .filter(|release| folder.join("lib/modules").join(release).is_dir())
-            .collect();
-        match (releases.pop(), releases.is_empty()) {
-            (Some(release), true) => Ok(Self { release, folder: folder.to_owned() }),
-            _ => Err(missing()),
-        }
+        let base = ["", "usr", "root", "root/usr"].map(|base| folder.join(base));
+        let base = base.into_iter().find(|base| base.join("lib/modules").is_dir()).ok_or_else(missing)?;
+        let release = only_entry(&base.join("lib/modules")).ok_or_else(missing)?;
+        let image = [folder.join("vmlinuz"), folder.join("boot").join(format!("vmlinuz-{release}"))];
+        let image = image.into_iter().find(|image| image.is_file()).ok_or_else(missing)?;
+        Ok(Self { release, image, base })
     }
 
     /// The present kernel of a Debian release, from an earlier download where it is the same.
@@ -101,14 +100,9 @@ impl Kernel {
         Self::in_folder(&folder)
     }
 
-    /// The compressed kernel (bzImage).
-    pub fn image(&self) -> PathBuf {
-        self.folder.join("boot").join(format!("vmlinuz-{}", self.release))
-    }
-
     /// The uncompressed kernel: an ELF file with a PVH note.
     pub fn uncompressed(&self) -> Result<Vec<u8>, KernelError> {
-        let path = self.image();
+        let path = self.image.clone();
         let image = fs::read(&path).map_err(|source| KernelError::File { path: path.clone(), source })?;
         let not_kernel = |reason| KernelError::NotKernel { path: path.clone(), reason };
         let payload = payload(&image).map_err(not_kernel)?;
@@ -119,12 +113,15 @@ impl Kernel {
 
     /// The modules a VM needs, uncompressed, each after what it depends on.
     pub fn modules(&self) -> Result<Vec<(String, Vec<u8>)>, KernelError> {
-        Tool::new("depmod").arg("-b").arg(&self.folder).arg(&self.release).run()?;
+        let index = self.base.join("lib/modules").join(&self.release).join("modules.dep.bin");
+        if !index.exists() {
+            Tool::new("depmod").arg("-b").arg(&self.base).arg(&self.release).run()?;
+        }
         let mut paths: Vec<PathBuf> = Vec::new();
         for module in MODULES {
             let text = Tool::new("modprobe")
                 .args(["--show-depends", "-S", &self.release, "-d"])
-                .arg(&self.folder)
+                .arg(&self.base)
                 .arg(module)
                 .text()?;
             for path in module_paths(&text) {
@@ -135,6 +132,13 @@ impl Kernel {
         }
         paths.into_iter().map(|path| read_module(&path)).collect()
     }
+}
+
+/// Name of the only entry of a folder.
+fn only_entry(folder: &Path) -> Option<String> {
+    let mut entries = fs::read_dir(folder).ok()?.flatten();
+    let name = entries.next()?.file_name().into_string().ok()?;
+    entries.next().is_none().then_some(name)
 }
 
 /// Paths of the modules that `modprobe --show-depends` would load; built-in ones are not files.
@@ -229,6 +233,12 @@ mod tests {
     #[test]
     fn a_folder_without_kernel_is_explained() {
         let folder = tempfile::tempdir().unwrap();
+        assert!(matches!(Kernel::in_folder(folder.path()), Err(KernelError::NoKernel(_))));
+        fs::create_dir_all(folder.path().join("root/usr/lib/modules/6.12")).unwrap();
+        assert!(matches!(Kernel::in_folder(folder.path()), Err(KernelError::NoKernel(_))));
+        fs::write(folder.path().join("vmlinuz"), "").unwrap();
+        assert_eq!(Kernel::in_folder(folder.path()).unwrap().release, "6.12");
+        fs::create_dir(folder.path().join("root/usr/lib/modules/6.13")).unwrap();
         assert!(matches!(Kernel::in_folder(folder.path()), Err(KernelError::NoKernel(_))));
     }
 }

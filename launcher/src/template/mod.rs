@@ -195,7 +195,7 @@ fn work_folder(home: &Home) -> Result<tempfile::TempDir, TemplateError> {
 
 fn add_boot_files(folder: &Path, kernel: &Kernel, guest: &[u8]) -> Result<(), TemplateError> {
     let vmlinuz = folder.join(VMLINUZ);
-    fs::copy(kernel.image(), &vmlinuz).map_err(file_error(&vmlinuz))?;
+    fs::copy(&kernel.image, &vmlinuz).map_err(file_error(&vmlinuz))?;
     let vmlinux = folder.join(VMLINUX);
     fs::write(&vmlinux, kernel.uncompressed()?).map_err(file_error(&vmlinux))?;
     initramfs::write(&folder.join(INITRAMFS), guest, &kernel.modules()?)?;

@@ -10,10 +10,10 @@ use vmm_config::{HostFacts, VmConfig};
 
 pub use device::Rng;
 
-use crate::registry::{BuildContext, BuildError, Built, Kind, Request, Syscall};
+use crate::registry::{BuildContext, BuildError, Built, Kind, Request};
 
 /// The kind's entry in the registry.
-pub const KIND: Kind = Kind { name: "rng", requests, build, syscalls: SYSCALLS };
+pub const KIND: Kind = Kind { name: "rng", requests, build, syscalls: &[] };
 
 fn requests(_config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
     vec![Request { id: "_rng".into(), index: 0, window: None }]
@@ -28,5 +28,3 @@ fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
     })?;
     Ok(Built { device: Box::new(Rng::new(source)), memory: None })
 }
-
-const SYSCALLS: &[Syscall] = &[Syscall { number: libc::SYS_read, why: "fill guest buffers from the entropy source" }];

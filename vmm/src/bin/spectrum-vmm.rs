@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use hypervisor::kvm::Kvm;
 use rutabaga_glue::RutabagaFactory;
-use vmm::cli::{Cli, Endpoint};
-use vmm::sandbox::Unconfined;
+use vmm::build::Confinement;
+use vmm::cli::{Cli, Endpoint, Seccomp};
+use vmm::sandbox::{Filters, Mode, SeccompError, Unconfined};
 use vmm::{Outcome, Vmm, inherited};
 use vmm_api::Server;
 
@@ -38,8 +39,9 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         Some(Endpoint::Fd(fd)) => Some(Server::from_listener(inherited::take(*fd)?)?),
         None => None,
     };
-    let mut vmm = Vmm::new(Arc::new(Kvm::open()?), Box::new(RutabagaFactory), Box::new(Unconfined))?;
-    vmm.end_on(signals()?);
+    let (kvm, signals) = (Arc::new(Kvm::open()?), signals()?);
+    let mut vmm = Vmm::new(kvm, Box::new(RutabagaFactory), confine(cli.seccomp)?)?;
+    vmm.end_on(signals);
     if let Some(server) = server {
         vmm.serve(server);
     }
@@ -48,6 +50,18 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         vmm.boot()?;
     }
     Ok(vmm.run()?)
+}
+
+/// Confines this thread, and says how the others are to be.
+fn confine(seccomp: Seccomp) -> Result<Box<dyn Confinement>, SeccompError> {
+    let mode = match seccomp {
+        Seccomp::False => return Ok(Box::new(Unconfined)),
+        Seccomp::True => Mode::Enforce,
+        Seccomp::Log => Mode::Log,
+    };
+    let filters = Filters::new(mode)?;
+    filters.confine_control()?;
+    Ok(Box::new(filters))
 }
 
 /// A socket on which something arrives when the process is asked to end.

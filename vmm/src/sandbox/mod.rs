@@ -1,11 +1,17 @@
 //! What the VMM may do on the host: system-call filters by kind of thread.
 
+mod seccomp;
+mod table;
+mod trap;
+
 use std::sync::Arc;
 
 use virtio_devices::registry::Kind;
 
 use crate::build::Confinement;
 use crate::vcpu::ThreadSetup;
+
+pub use seccomp::{Filters, Mode, SeccompError};
 
 /// No filters.
 pub struct Unconfined;

@@ -1,0 +1,91 @@
+//! Runs one application in a VM of its own, from start to end.
+//!
+//! One thread and one poll loop for everything: the VMM's end, its messages, the guest's console, signals, and the
+//! application's streams. Nothing is left behind: the VMM is a child that is ended and waited for, its sockets are in a
+//! private folder that goes away.
+
+mod folder;
+mod options;
+mod relay;
+mod signals;
+mod tail;
+mod vm;
+
+use std::process::ExitCode;
+
+use guest_proto::{ExitStatus, LinkError, Request, Run};
+use options::Settings;
+use relay::Relay;
+use signals::Signals;
+use vm::Vm;
+
+use crate::{cli::RunOptions, home::Home, template};
+
+/// Why the application was not run to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Template(#[from] template::TemplateError),
+    #[error(transparent)]
+    Options(#[from] options::OptionsError),
+    #[error(transparent)]
+    Vm(#[from] vm::VmError),
+    #[error("lost the agent in the VM: {0}")]
+    Agent(#[from] LinkError),
+    #[error("{0}")]
+    Application(String),
+    #[error("cannot {what}: {source}")]
+    Io { what: &'static str, source: std::io::Error },
+    /// The user wants it to end. Not printed.
+    #[error("ended by signal {0}")]
+    Interrupted(i32),
+}
+
+/// What is told about a failed system call.
+fn io_error<E: Into<std::io::Error>>(what: &'static str) -> impl Fn(E) -> RunError {
+    move |source| RunError::Io { what, source: source.into() }
+}
+
+/// Runs the application and gives its exit status, as a shell would.
+pub fn run(home: &Home, options: &RunOptions) -> Result<ExitCode, RunError> {
+    let settings = Settings::new(home, options)?;
+    // Before anything is started, or a signal could leave it behind.
+    let signals = Signals::new().map_err(io_error("receive signals"))?;
+    let mut vm = Vm::start(&settings)?;
+    let result = in_vm(&mut vm, &signals, &settings, options);
+    match result {
+        Ok(status) => {
+            vm.wait_for_end(&signals);
+            Ok(exit_code(status))
+        }
+        Err(RunError::Interrupted(signal)) => Ok(ExitCode::from(status_of_signal(signal))),
+        // When the VMM is gone, that is the reason for whatever failed.
+        Err(RunError::Agent(error)) => Err(vm.reason_for_loss().map_or(RunError::Agent(error), RunError::Vm)),
+        Err(error) => Err(error),
+    }
+}
+
+fn in_vm(vm: &mut Vm, signals: &Signals, settings: &Settings, options: &RunOptions) -> Result<ExitStatus, RunError> {
+    vm.wait_for_agent(signals)?;
+    let request = Request::Run(Run {
+        argv: options.command.clone(),
+        env: settings.environment.clone(),
+        user: options.user.clone(),
+        cwd: options.cwd.clone(),
+        then_power_off: true,
+    });
+    let mut relay = Relay::start(vm.connect()?, request)?;
+    relay.run(vm, signals)
+}
+
+fn exit_code(status: ExitStatus) -> ExitCode {
+    match status {
+        ExitStatus::Code(code) => ExitCode::from(code),
+        ExitStatus::Signal(signal) => ExitCode::from(status_of_signal(signal.into())),
+    }
+}
+
+/// What a shell reports for a process that a signal ended.
+fn status_of_signal(signal: i32) -> u8 {
+    u8::try_from(signal.saturating_add(128)).unwrap_or(u8::MAX)
+}

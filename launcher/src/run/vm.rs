@@ -1,0 +1,287 @@
+//! The VMM as a child process: started, watched, and ended whatever happens.
+
+use std::{
+    ffi::OsString,
+    fs::{File, OpenOptions},
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{
+            fs::OpenOptionsExt,
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use guest_proto::{AGENT_PORT, FromAgent, Hello, Link, READY_PORT, ToAgent, VERSION};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{CWD, FileType, Mode, OFlags, mknodat},
+    io::{Errno, ioctl_fionbio},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+
+use super::{RunError, folder::RunFolder, io_error, options::Settings, signals::Signals, tail::Tail};
+use crate::template::{INITRAMFS, ROOT, VMLINUZ};
+
+/// The launcher's end of a connection to the agent.
+pub type AgentLink = Link<FromAgent, ToAgent>;
+
+/// Every VM has the same: they share nothing that would need different ones.
+const GUEST_CID: u32 = 3;
+
+/// How long a VM may take to power off, and a VMM to end when told to.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Lines of messages shown with an error.
+const SHOWN: usize = 15;
+
+/// What can go wrong with the VM.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    #[error("cannot start the VMM {vmm}: {source}")]
+    Start { vmm: String, source: io::Error },
+    #[error("the VMM ended ({status}) before the application did{messages}")]
+    Ended { status: ExitStatus, messages: String },
+    #[error("the VM was not ready after {} s{messages}", after.as_secs())]
+    NotReady { after: Duration, messages: String },
+    #[error("the VM has no connection for the launcher: {0}")]
+    NoConnection(String),
+    #[error(
+        "the template's agent speaks version {0} of the protocol instead of {VERSION}: use `spectrum template refresh`"
+    )]
+    Version(u32),
+}
+
+/// A running VMM. Dropping it ends it.
+pub struct Vm {
+    child: Child,
+    pidfd: OwnedFd,
+    folder: RunFolder,
+    ready: UnixListener,
+    /// Open for as long as the agent lives.
+    agent: Option<AgentLink>,
+    messages: Tail,
+    console: Tail,
+    boot_timeout: Duration,
+}
+
+impl Vm {
+    /// Starts the VMM.
+    pub fn start(settings: &Settings) -> Result<Self, RunError> {
+        let folder = RunFolder::create().map_err(io_error("make a private folder for the VM"))?;
+        // Both must be there before the VM: the agent connects as soon as it can, the console is open from the first line.
+        let ready = UnixListener::bind(folder.path(&format!("vsock.sock_{READY_PORT}")))
+            .map_err(io_error("listen for the VM"))?;
+        let console = console_pipe(&folder.path("console")).map_err(io_error("make a pipe for the VM's console"))?;
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .map_err(io_error("make a pipe for the VMM's messages"))?;
+        ioctl_fionbio(&read, true).map_err(io_error("read the VMM's messages"))?;
+        let errors = write.try_clone().map_err(io_error("make a pipe for the VMM's messages"))?;
+        let fail = |source| VmError::Start { vmm: settings.vmm.display().to_string(), source };
+        let mut command = Command::new(&settings.vmm);
+        command.args(arguments(settings, &folder)).stdin(Stdio::null()).stdout(write).stderr(errors);
+        let child = command.spawn().map_err(fail)?;
+        // The write ends must be the child's alone, or its end would not be seen.
+        drop(command);
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH);
+        let pidfd = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())).map_err(io_error("watch the VMM"))?;
+        Ok(Self {
+            child,
+            pidfd,
+            folder,
+            ready,
+            agent: None,
+            messages: Tail::new(read, settings.debug),
+            console: Tail::new(console.into(), settings.debug),
+            boot_timeout: settings.boot_timeout,
+        })
+    }
+
+    /// Waits until one of `wanted` is ready, and gives what happened to each. Meanwhile messages are read, signals and the
+    /// VMM's end noticed. `Ok(None)` when `end` has passed.
+    pub fn wait(
+        &mut self,
+        signals: &Signals,
+        wanted: &[(BorrowedFd<'_>, PollFlags)],
+        end: Option<Instant>,
+    ) -> Result<Option<Vec<PollFlags>>, RunError> {
+        let count = {
+            let mut set: Vec<PollFd<'_>> =
+                wanted.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+            set.push(PollFd::new(&self.pidfd, PollFlags::IN));
+            let others = signals.fds().chain(self.messages.fd()).chain(self.console.fd());
+            set.extend(others.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            let left = left.and_then(|left| Timespec::try_from(left).ok());
+            match poll(&mut set, left.as_ref()) {
+                Ok(count) => (count, set.iter().map(PollFd::revents).collect::<Vec<_>>()),
+                Err(Errno::INTR) => (1, vec![PollFlags::empty(); set.len()]),
+                Err(errno) => return Err(io_error("wait for the VM")(errno)),
+            }
+        };
+        let (count, mut happened) = count;
+        self.messages.drain();
+        self.console.drain();
+        if let Some(signal) = signals.received() {
+            return Err(RunError::Interrupted(signal));
+        }
+        let vmm_ended = happened.get(wanted.len()).is_some_and(|flags| !flags.is_empty());
+        happened.truncate(wanted.len());
+        // What the guest still said before its end comes first.
+        if vmm_ended
+            && happened.iter().all(|flags| flags.is_empty())
+            && let Some(error) = self.reason_for_loss()
+        {
+            return Err(error.into());
+        }
+        Ok((count > 0).then_some(happened))
+    }
+
+    /// Waits until the agent says hello.
+    pub fn wait_for_agent(&mut self, signals: &Signals) -> Result<(), RunError> {
+        let end = Instant::now() + self.boot_timeout;
+        let ready = self.ready.try_clone().map_err(io_error("listen for the VM"))?;
+        loop {
+            match self.wait(signals, &[(ready.as_fd(), PollFlags::IN)], Some(end))? {
+                None => {
+                    let messages = self.last_messages();
+                    return Err(VmError::NotReady { after: self.boot_timeout, messages }.into());
+                }
+                Some(flags) if flags.iter().all(|flags| flags.is_empty()) => {}
+                Some(_) => break,
+            }
+        }
+        let (stream, _) = ready.accept().map_err(io_error("accept the VM's connection"))?;
+        let mut link = AgentLink::new(stream.into())?;
+        let seconds = u32::try_from(PATIENCE.as_secs()).unwrap_or(u32::MAX);
+        match link.exchange(seconds)? {
+            FromAgent::Hello(Hello { version: VERSION }) => self.agent = Some(link),
+            FromAgent::Hello(Hello { version }) => return Err(VmError::Version(version).into()),
+            _ => return Err(VmError::NoConnection("its first message is no greeting".into()).into()),
+        }
+        Ok(())
+    }
+
+    /// A new connection to the agent, through the VMM's socket.
+    pub fn connect(&self) -> Result<AgentLink, RunError> {
+        let fail = |error: io::Error| VmError::NoConnection(error.to_string());
+        let mut stream = UnixStream::connect(self.folder.path("vsock.sock")).map_err(fail)?;
+        stream.set_read_timeout(Some(PATIENCE)).map_err(fail)?;
+        stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes()).map_err(fail)?;
+        let mut answer = Vec::new();
+        let mut byte = [0];
+        // By single bytes: what follows the line belongs to the agent.
+        while answer.last() != Some(&b'\n') && answer.len() < 32 {
+            stream.read_exact(&mut byte).map_err(fail)?;
+            answer.extend(byte);
+        }
+        if !answer.starts_with(b"OK ") || answer.last() != Some(&b'\n') {
+            return Err(VmError::NoConnection("the VMM refused it".into()).into());
+        }
+        stream.set_read_timeout(None).map_err(fail)?;
+        Ok(AgentLink::new(stream.into())?)
+    }
+
+    /// Why the VM is gone, if its VMM has ended or does so at once.
+    pub fn reason_for_loss(&mut self) -> Option<VmError> {
+        self.wait_for_exit(Duration::from_secs(1));
+        let status = self.child.try_wait().ok().flatten()?;
+        self.messages.drain();
+        self.console.drain();
+        Some(VmError::Ended { status, messages: self.last_messages() })
+    }
+
+    /// Lets the VM power off by itself; a signal, or too long a time, ends it anyway.
+    pub fn wait_for_end(&mut self, signals: &Signals) {
+        let end = Instant::now() + PATIENCE;
+        while let Ok(Some(_)) = self.wait(signals, &[], Some(end)) {}
+    }
+
+    fn last_messages(&self) -> String {
+        let part = |what: &str, tail: &Tail| match tail.lines(SHOWN) {
+            lines if lines.is_empty() => String::new(),
+            lines => format!("\n{what}:\n{lines}"),
+        };
+        let messages = part("the VMM's last messages", &self.messages) + &part("the VM's console", &self.console);
+        if messages.is_empty() { "; it said nothing".into() } else { messages }
+    }
+
+    /// Waits until the VMM has ended. False when it did not in time.
+    fn wait_for_exit(&self, time: Duration) -> bool {
+        let end = Instant::now() + time;
+        loop {
+            let left = Timespec::try_from(end.saturating_duration_since(Instant::now())).unwrap_or_default();
+            match poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&left)) {
+                Err(Errno::INTR) => {}
+                result => return result.is_ok_and(|count| count > 0),
+            }
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if !self.wait_for_exit(Duration::ZERO) {
+            let _ = pidfd_send_signal(&self.pidfd, Signal::TERM);
+            if !self.wait_for_exit(PATIENCE) {
+                let _ = self.child.kill();
+            }
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// A named pipe the VMM writes the console to. Read here, so that a guest cannot fill the disk; open for writing too, so
+/// that it never ends.
+fn console_pipe(path: &Path) -> io::Result<File> {
+    mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+    OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)
+}
+
+fn arguments(settings: &Settings, folder: &RunFolder) -> Vec<OsString> {
+    let template = |name: &str| settings.template.folder.join(name);
+    let with = |prefix: &str, path: &Path, suffix: &str| {
+        let mut text = OsString::from(prefix);
+        text.push(path);
+        text.push(suffix);
+        text
+    };
+    // "quiet" keeps what the kernel prints for itself off the console; what fails is still said.
+    let mut cmdline = format!("panic=-1 spectrum.root=/dev/pmem0 spectrum.hostname={}", settings.hostname);
+    cmdline.insert_str(0, if settings.debug { "console=ttyS0 console=hvc0 " } else { "console=hvc0 quiet " });
+    let mut arguments: Vec<OsString> = vec![
+        "--api-socket".into(),
+        folder.path("api.sock").into(),
+        "--kernel".into(),
+        template(VMLINUZ).into(),
+        "--initramfs".into(),
+        template(INITRAMFS).into(),
+        "--cmdline".into(),
+        cmdline.into(),
+        "--cpus".into(),
+        format!("boot={}", settings.cpus).into(),
+        "--memory".into(),
+        format!("size={}", settings.memory).into(),
+        "--pmem".into(),
+        with("file=", &template(ROOT), ",discard_writes=on"),
+        "--vsock".into(),
+        with(&format!("cid={GUEST_CID},socket="), &folder.path("vsock.sock"), ""),
+        "--serial".into(),
+        if settings.debug { with("file=", &folder.path("console"), "") } else { "off".into() },
+        "--console".into(),
+        with("file=", &folder.path("console"), ""),
+        "--rng".into(),
+        "src=/dev/urandom".into(),
+    ];
+    if let Some(socket) = &settings.wayland {
+        arguments.push("--gpu".into());
+        arguments.push(with("cross-domain,wayland=", socket, ""));
+    }
+    arguments.extend(settings.vmm_arguments.iter().cloned());
+    arguments
+}

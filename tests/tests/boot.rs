@@ -1,0 +1,91 @@
+//! Debian's kernel boots, starts again and ends.
+
+use rustix::process::Signal;
+use tests::{Initramfs, Terminal, VmmCommand};
+
+fn boots(kernel: &str, cpus: u32, expected: &str) {
+    let vmm = VmmCommand::linux(kernel, Initramfs::probe(&[]), "cpus").arg("--cpus", format!("boot={cpus}")).spawn();
+    let ended = vmm.wait();
+    ended.assert_success();
+    assert!(ended.stdout.contains(&format!("probe: cpus: {expected}\r\n")), "{}", ended.stdout);
+    assert!(ended.stdout.contains("probe: done\r\n"), "{}", ended.stdout);
+}
+
+#[test]
+fn a_bzimage_boots_with_1_cpu() {
+    boots("vmlinuz", 1, "0 online, 1 usable");
+}
+
+#[test]
+fn a_bzimage_boots_with_4_cpus() {
+    boots("vmlinuz", 4, "0-3 online, 4 usable");
+}
+
+#[test]
+fn a_pvh_kernel_boots_with_1_cpu() {
+    boots("vmlinux", 1, "0 online, 1 usable");
+}
+
+#[test]
+fn a_pvh_kernel_boots_with_4_cpus() {
+    boots("vmlinux", 4, "0-3 online, 4 usable");
+}
+
+/// The second boot happens in the same process, and finds what the first wrote on the persistent memory.
+#[test]
+fn a_reboot_starts_the_machine_again_in_the_same_process() {
+    let command = VmmCommand::probe(&["virtio_pmem", "nd_pmem"], &["reboot-once=/dev/pmem0"]);
+    let image = command.path("image");
+    std::fs::write(&image, vec![0; 2 << 20]).unwrap();
+    let mut vmm = command.arg("--pmem", format!("file={}", image.display())).spawn();
+    vmm.wait_for("probe: reboot-once: restarting");
+    vmm.wait_for("probe: reboot-once: boot 2");
+    vmm.wait_for("probe: done");
+    let ended = vmm.wait_here();
+    ended.assert_success();
+    assert_eq!(ended.stdout.matches("probe: started").count(), 2);
+    assert_eq!(std::fs::read(&image).unwrap()[..8], [2, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn the_power_button_reaches_the_guest() {
+    let mut vmm = VmmCommand::probe(&["button", "evdev"], &["power-button"]).api().spawn();
+    let mut client = vmm.client();
+    vmm.wait_for("probe: power-button: waiting");
+    client.send(&vmm_api::Request::VmPowerButton).unwrap();
+    vmm.wait_for("probe: power-button: pressed");
+    vmm.wait().assert_success();
+}
+
+/// What `end` does to a VMM on a terminal ends it: status 0, and the terminal as it was.
+fn ends(command: VmmCommand, raw: bool, end: impl FnOnce(&mut tests::Vmm)) {
+    let terminal = Terminal::new();
+    let before = terminal.settings();
+    let mut vmm = command.spawn_on(&terminal);
+    vmm.wait_for("tick 00000010");
+    assert_eq!(terminal.settings() != before, raw, "the terminal is in raw mode while the guest has it");
+    end(&mut vmm);
+    let ended = vmm.wait();
+    ended.assert_success();
+    assert_eq!(terminal.settings(), before);
+}
+
+#[test]
+fn sigterm_ends_the_vmm_and_restores_the_terminal() {
+    ends(VmmCommand::tiny(), true, |vmm| vmm.signal(Signal::TERM));
+}
+
+#[test]
+fn sigint_ends_the_vmm_and_restores_the_terminal() {
+    ends(VmmCommand::tiny(), true, |vmm| vmm.signal(Signal::INT));
+}
+
+#[test]
+fn ctrl_c_ends_the_vmm_and_restores_the_terminal() {
+    ends(VmmCommand::tiny(), true, |vmm| vmm.type_text("\x03"));
+}
+
+#[test]
+fn ctrl_c_ends_a_vmm_that_does_not_use_the_terminal() {
+    ends(VmmCommand::tiny().arg("--serial", "file=/dev/stdout"), false, |vmm| vmm.type_text("\x03"));
+}

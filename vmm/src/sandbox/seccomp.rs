@@ -1,0 +1,317 @@
+//! System-call filters by kind of thread, compiled once and installed by each thread before it does anything else.
+//!
+//! A forbidden call either ends the process, after a line that says which call it was (see [`super::trap`]), or is
+//! written to the kernel's log and allowed, to find out what a list lacks.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::process;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter,
+};
+use virtio_devices::registry::{KINDS, Kind};
+
+use super::table::{CLONE, CLONE3, CONTROL, DEVICE, EVERY, REFUSED, Rule, Test, VCPU};
+use super::trap;
+use crate::build::Confinement;
+use crate::vcpu::ThreadSetup;
+
+/// Why there is no filter.
+#[derive(Debug, thiserror::Error)]
+pub enum SeccompError {
+    /// The tables make no filter: a defect.
+    #[error("cannot make a system-call filter: {0}")]
+    Compile(#[from] BackendError),
+    /// The kernel refuses.
+    #[error("cannot confine the VMM: {0}; the kernel needs seccomp filters (--seccomp false does without)")]
+    Install(#[from] seccompiler::Error),
+    /// The handler that says which call was forbidden.
+    #[error("cannot handle forbidden system calls: {0}")]
+    Handler(io::Error),
+}
+
+/// What becomes of a forbidden call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// It ends the process.
+    Enforce,
+    /// The kernel logs and allows it.
+    Log,
+}
+
+/// What a kind of thread installs, in this order.
+#[derive(Clone, Default)]
+struct Programs(Vec<BpfProgram>);
+
+impl Programs {
+    fn install(&self) -> Result<(), seccompiler::Error> {
+        self.0.iter().try_for_each(|program| apply_filter(program))
+    }
+}
+
+/// The filters of a VMM.
+pub struct Filters {
+    mode: Mode,
+    control: Programs,
+    vcpu: Arc<Programs>,
+    /// By the name of the kind.
+    devices: Mutex<BTreeMap<&'static str, Arc<Programs>>>,
+}
+
+impl Filters {
+    /// Compiles the filters of the control thread and of vCPUs; a device kind's is compiled when it is first asked for.
+    ///
+    /// # Errors
+    /// If this processor is not known.
+    pub fn new(mode: Mode) -> Result<Self, SeccompError> {
+        let kinds = KINDS.iter().flat_map(|kind| listed(kind));
+        let control = [EVERY, VCPU, DEVICE, CONTROL].into_iter().flatten().copied().chain(kinds);
+        let vcpu = [EVERY, VCPU].into_iter().flatten().copied();
+        Ok(Self {
+            mode,
+            control: compile(mode, control)?,
+            vcpu: Arc::new(compile(mode, vcpu)?),
+            devices: Mutex::new(BTreeMap::new()),
+        })
+    }
+
+    /// Confines the calling thread, which is the one that runs the VMM, and all threads it makes from now on. To be
+    /// called when the process has opened what is not the machine's: /dev/kvm, the log, the API's socket.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn confine_control(&self) -> Result<(), SeccompError> {
+        if self.mode == Mode::Enforce {
+            trap::install().map_err(SeccompError::Handler)?;
+        }
+        Ok(self.control.install()?)
+    }
+
+    fn device_programs(&self, kind: &Kind) -> Result<Arc<Programs>, BackendError> {
+        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(programs) = devices.get(kind.name) {
+            return Ok(programs.clone());
+        }
+        let rules = [EVERY, DEVICE].into_iter().flatten().copied().chain(listed(kind));
+        let programs = Arc::new(compile(self.mode, rules)?);
+        devices.insert(kind.name, programs.clone());
+        Ok(programs)
+    }
+}
+
+impl Confinement for Filters {
+    fn vcpu(&self) -> ThreadSetup {
+        let programs = self.vcpu.clone();
+        Arc::new(move || programs.install().map_err(io::Error::other))
+    }
+
+    fn device(&self, kind: &Kind) -> ThreadSetup {
+        match self.device_programs(kind) {
+            Ok(programs) => Arc::new(move || programs.install().map_err(io::Error::other)),
+            Err(e) => Arc::new(move || Err(io::Error::other(e.to_string()))),
+        }
+    }
+}
+
+/// What a kind lists. Making threads means threads only, whatever the call could do besides.
+fn listed(kind: &Kind) -> impl Iterator<Item = Rule> {
+    kind.syscalls.iter().map(|call| match call.number {
+        CLONE3 => CLONE,
+        number if number == CLONE.number => CLONE,
+        number => Rule { number, tests: &[], why: call.why },
+    })
+}
+
+fn compile(mode: Mode, rules: impl Iterator<Item = Rule>) -> Result<Programs, BackendError> {
+    let mut allowed = conditions(rules)?;
+    let filter = |rules, otherwise, matched| -> Result<BpfProgram, BackendError> {
+        SeccompFilter::new(rules, otherwise, matched, ARCHITECTURE)?.try_into()
+    };
+    match mode {
+        Mode::Log => {
+            allowed.insert(CLONE3, Vec::new());
+            Ok(Programs(vec![filter(allowed, SeccompAction::Log, SeccompAction::Allow)?]))
+        }
+        Mode::Enforce => {
+            // Of two filters the stricter answer counts, and ending the process is stricter than refusing: so what is
+            // refused has to be allowed by the other one.
+            let mut refused = BTreeMap::from([(CLONE3, Vec::new())]);
+            refused.extend(REFUSED.iter().filter(|n| !allowed.contains_key(n)).map(|n| (*n, Vec::new())));
+            allowed.extend(refused.clone());
+            let errno = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+            Ok(Programs(vec![
+                filter(refused, SeccompAction::Allow, errno)?,
+                filter(allowed, SeccompAction::Trap, SeccompAction::Allow)?,
+            ]))
+        }
+    }
+}
+
+/// The rows of a table, brought together by number; no conditions at all if one row has none.
+fn conditions(rules: impl Iterator<Item = Rule>) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
+    let mut by_number: BTreeMap<i64, Vec<&'static [Test]>> = BTreeMap::new();
+    for rule in rules {
+        by_number.entry(rule.number).or_default().push(rule.tests);
+    }
+    let mut all = BTreeMap::new();
+    for (number, alternatives) in by_number {
+        let mut rules = Vec::new();
+        if !alternatives.iter().any(|tests| tests.is_empty()) {
+            for tests in alternatives {
+                let conditions = tests.iter().map(condition).collect::<Result<Vec<_>, _>>()?;
+                rules.push(SeccompRule::new(conditions)?);
+            }
+        }
+        all.insert(number, rules);
+    }
+    Ok(all)
+}
+
+fn condition(test: &Test) -> Result<SeccompCondition, BackendError> {
+    let (argument, mask, value) = match *test {
+        Test::Masked(argument, mask, value) => (argument, mask, value),
+        Test::OwnProcess(argument) => (argument, u32::MAX, process::id()),
+    };
+    let operator = SeccompCmpOp::MaskedEq(u64::from(mask));
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, u64::from(value))
+}
+
+const ARCHITECTURE: TargetArch = if cfg!(target_arch = "aarch64") { TargetArch::aarch64 } else { TargetArch::x86_64 };
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Output};
+
+    use super::*;
+
+    const SCENARIO: &str = "SPECTRUM_TEST_SECCOMP";
+
+    /// Runs a scenario of `child` in a process of its own.
+    fn in_child(scenario: &str) -> Output {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "--nocapture", "sandbox::seccomp::tests::child"])
+            .env(SCENARIO, scenario)
+            .env("RUST_BACKTRACE", "1")
+            .output()
+            .unwrap()
+    }
+
+    fn on_thread(name: &str, setup: ThreadSetup, act: impl FnOnce() + Send + 'static) {
+        let run = move || {
+            setup().unwrap();
+            act();
+        };
+        // A panic is printed by then; it must be all that happens.
+        let _ = std::thread::Builder::new().name(name.into()).spawn(run).unwrap().join();
+    }
+
+    fn ioctl(command: u32) -> i32 {
+        #[expect(unsafe_code, reason = "a call with a descriptor that is not open")]
+        // SAFETY: there is no such descriptor, and so nothing for the kernel to do.
+        unsafe {
+            libc::ioctl(-1, u64::from(command), 0)
+        }
+    }
+
+    /// Not a test by itself: what the process of `in_child` does.
+    #[test]
+    fn child() {
+        let Ok(scenario) = std::env::var(SCENARIO) else { return };
+        let filters = Filters::new(if scenario == "log" { Mode::Log } else { Mode::Enforce }).unwrap();
+        filters.confine_control().unwrap();
+        let socket = || drop(std::os::unix::net::UnixDatagram::unbound());
+        match scenario.as_str() {
+            "control" | "log" => on_thread("free", Arc::new(|| Ok(())), socket),
+            "vcpu-socket" => on_thread("vcpu0", filters.vcpu(), socket),
+            "vcpu-file" => on_thread("vcpu0", filters.vcpu(), || {
+                assert_eq!(std::fs::File::open("/dev/null").unwrap_err().raw_os_error(), Some(libc::ENOSYS));
+            }),
+            "vcpu-ioctl" => on_thread("vcpu0", filters.vcpu(), || assert_eq!(ioctl(0xae80), -1)),
+            "vcpu-other-ioctl" => on_thread("vcpu0", filters.vcpu(), || drop(ioctl(0x5412))),
+            "vcpu-panic" => on_thread("vcpu0", filters.vcpu(), || panic!("as planned")),
+            "device-socket" => on_thread("_rng", filters.device(&virtio_devices::rng::KIND), socket),
+            "device-ioctl" => on_thread("_rng", filters.device(&virtio_devices::rng::KIND), || drop(ioctl(0xae80))),
+            "fork" => drop(Command::new("/bin/true").status()),
+            other => panic!("no scenario {other}"),
+        }
+        println!("survived");
+    }
+
+    #[track_caller]
+    fn survives(scenario: &str) -> String {
+        let output = in_child(scenario);
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success() && out.contains("survived"), "{scenario}: {}\n{out}{err}", output.status);
+        err.into_owned()
+    }
+
+    #[track_caller]
+    fn ends(scenario: &str, number: i64, thread: &str) {
+        let output = in_child(scenario);
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(159), "{scenario}: {:?}\n{err}", output.status.signal());
+        assert!(err.contains(&format!("system call {number} is not allowed on thread {thread}.")), "{err}");
+    }
+
+    #[test]
+    fn what_is_needed_is_allowed() {
+        survives("control");
+        survives("vcpu-ioctl");
+    }
+
+    #[test]
+    fn a_forbidden_call_ends_the_process_and_is_named() {
+        ends("vcpu-socket", libc::SYS_socket, "vcpu0");
+        ends("vcpu-other-ioctl", libc::SYS_ioctl, "vcpu0");
+        ends("device-socket", libc::SYS_socket, "_rng");
+        ends("device-ioctl", libc::SYS_ioctl, "_rng");
+    }
+
+    #[test]
+    fn no_process_can_be_made() {
+        // The C library blocks signals meanwhile, so that the kernel itself ends the process.
+        let status = in_child("fork").status;
+        assert_eq!(status.signal(), Some(libc::SIGSYS), "{status}");
+    }
+
+    #[test]
+    fn files_are_refused_without_killing() {
+        survives("vcpu-file");
+        let said = survives("vcpu-panic");
+        assert!(said.contains("as planned") && said.contains("stack backtrace"), "{said}");
+    }
+
+    #[test]
+    fn the_log_mode_allows_all() {
+        survives("log");
+    }
+
+    #[test]
+    fn every_kind_has_a_list_that_adds_to_the_base() {
+        let base: Vec<i64> =
+            [EVERY, DEVICE].into_iter().flatten().filter(|r| r.tests.is_empty()).map(|r| r.number).collect();
+        for kind in KINDS {
+            Filters::new(Mode::Enforce).unwrap().device_programs(kind).unwrap();
+            for call in kind.syscalls {
+                let (name, number) = (kind.name, call.number);
+                assert!((0..1 << 16).contains(&number) && !call.why.is_empty(), "{name}: {call:?}");
+                assert!(!base.contains(&number), "{name} lists call {number}, which every device's thread may make");
+            }
+        }
+    }
+
+    #[test]
+    fn every_row_says_why_and_is_needed() {
+        for list in [VCPU, DEVICE, CONTROL] {
+            for rule in list {
+                let everywhere = EVERY.iter().any(|r| r.number == rule.number && r.tests.is_empty());
+                assert!(!everywhere, "call {} is allowed on every thread: {}", rule.number, rule.why);
+            }
+        }
+        assert!([EVERY, VCPU, DEVICE, CONTROL].into_iter().flatten().all(|rule| !rule.why.is_empty()));
+    }
+}
