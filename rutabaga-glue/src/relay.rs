@@ -438,7 +438,7 @@ impl State {
 
     /// Moves what can be moved. False: the connection is at its end.
     fn serve(&mut self, c: &mut Connection) -> io::Result<bool> {
-        self.from_guest(c)?;
+        self.read_guest(c)?;
         if let Some(host) = &c.host {
             match c.to_host.send(host.fd.as_fd()) {
                 // The compositor is gone; what it said last may still be there to read.
@@ -452,7 +452,7 @@ impl State {
         if c.to_host.bytes > 0 && self.total().saturating_add(c.to_host.bytes) > self.bounds.total {
             return Err(io::Error::other("too much waits for the compositor"));
         }
-        self.from_host(c)?;
+        self.read_host(c)?;
         if let Some(guest) = &c.guest
             && c.to_guest.send(guest.fd.as_fd()).is_err()
         {
@@ -479,7 +479,7 @@ impl State {
         Ok(true)
     }
 
-    fn from_guest(&mut self, c: &mut Connection) -> io::Result<()> {
+    fn read_guest(&mut self, c: &mut Connection) -> io::Result<()> {
         for _ in 0..TURNS {
             let Some(guest) = &mut c.guest else { return Ok(()) };
             let to_host = &mut c.to_host;
@@ -499,7 +499,7 @@ impl State {
         Ok(())
     }
 
-    fn from_host(&mut self, c: &mut Connection) -> io::Result<()> {
+    fn read_host(&mut self, c: &mut Connection) -> io::Result<()> {
         for _ in 0..TURNS {
             if c.to_guest.bytes >= self.bounds.to_guest || c.guest.is_none() {
                 return Ok(());

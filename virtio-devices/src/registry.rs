@@ -132,6 +132,6 @@ pub const KINDS: &[&Kind] = &[
     &crate::blk::KIND,
     &crate::pmem::KIND,
     &crate::console::KIND,
-    &crate::gpu::KIND,
     &crate::vsock::KIND,
+    &crate::gpu::KIND,
 ];

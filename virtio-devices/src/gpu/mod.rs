@@ -73,13 +73,6 @@ pub fn with_factory(
 }
 
 const SYSCALLS: &[Syscall] = &[
-    Syscall { number: libc::SYS_read, why: "fence eventfd, channel pipes" },
-    Syscall { number: libc::SYS_write, why: "fence eventfd, channel pipes" },
-    Syscall { number: libc::SYS_close, why: "blobs, contexts" },
-    Syscall { number: libc::SYS_mmap, why: "show blobs in the window, thread stacks" },
-    Syscall { number: libc::SYS_munmap, why: "thread stacks" },
-    Syscall { number: libc::SYS_mprotect, why: "thread stacks" },
-    Syscall { number: libc::SYS_madvise, why: "free a thread's stack" },
     Syscall { number: libc::SYS_fstat, why: "size and kind of files from the compositor" },
     Syscall { number: libc::SYS_lseek, why: "size of files from the compositor" },
     Syscall { number: libc::SYS_fcntl, why: "seals, access mode, duplicates" },
@@ -99,21 +92,5 @@ const SYSCALLS: &[Syscall] = &[
     Syscall { number: libc::SYS_getsockopt, why: "kind of a socket" },
     Syscall { number: libc::SYS_pipe2, why: "clipboard transfers" },
     Syscall { number: libc::SYS_eventfd2, why: "a context's thread" },
-    Syscall { number: libc::SYS_epoll_create1, why: "a context's thread" },
-    Syscall { number: libc::SYS_epoll_ctl, why: "a context's thread" },
-    Syscall { number: libc::SYS_epoll_pwait, why: "a context's thread" },
-    #[cfg(target_arch = "x86_64")]
-    Syscall { number: libc::SYS_epoll_wait, why: "a context's thread" },
-    Syscall { number: libc::SYS_futex, why: "hand jobs to a context's thread, join it" },
-    Syscall { number: libc::SYS_clone3, why: "a thread for each context, one for the relay" },
-    Syscall { number: libc::SYS_clone, why: "as clone3, for an older C library" },
-    Syscall { number: libc::SYS_set_robust_list, why: "start of a thread" },
-    Syscall { number: libc::SYS_rseq, why: "start of a thread" },
-    Syscall { number: libc::SYS_rt_sigprocmask, why: "start of a thread" },
-    Syscall { number: libc::SYS_sigaltstack, why: "start and end of a thread" },
-    Syscall { number: libc::SYS_sched_getaffinity, why: "start of a thread" },
-    Syscall { number: libc::SYS_gettid, why: "start of a thread" },
-    Syscall { number: libc::SYS_prctl, why: "name of a thread" },
-    Syscall { number: libc::SYS_getrandom, why: "hash tables" },
-    Syscall { number: libc::SYS_exit, why: "end of a context's thread" },
+    Syscall { number: libc::SYS_clone, why: "a thread for each context, one for the relay" },
 ];
