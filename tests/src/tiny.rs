@@ -43,6 +43,23 @@ pub fn write_counter(path: &Path) {
     std::fs::write(path, elf(COUNTER)).expect("the kernel can be written");
 }
 
+/// Prints one byte and halts for ever: nothing after the first instructions costs time.
+#[rustfmt::skip]
+const ONE_BYTE: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03,             // mov dx, 0x3f8
+    0xb0, b'!', 0xee,                   // mov al, '!'; out dx, al
+    0xfa,                               // cli
+    0xf4, 0xeb, 0xfd,                   // halt: hlt; jmp halt
+];
+
+/// Writes the kernel that prints one byte to `path`.
+///
+/// # Panics
+/// If that fails.
+pub fn write_one_byte(path: &Path) {
+    std::fs::write(path, elf(ONE_BYTE)).expect("the kernel can be written");
+}
+
 /// The number in a line of the counter's.
 #[must_use]
 pub fn tick(line: &str) -> Option<u32> {
