@@ -180,6 +180,12 @@ pub(super) const CONTROL: &[Rule] = &[
     always(libc::SYS_sysinfo, "the host's memory"),
     when(libc::SYS_rt_sigaction, &[], "signals' handlers"),
     #[cfg(target_arch = "x86_64")]
+    always(libc::SYS_open, "as openat"),
+    #[cfg(target_arch = "x86_64")]
+    always(libc::SYS_stat, "as statx"),
+    #[cfg(target_arch = "x86_64")]
+    always(libc::SYS_lstat, "as statx"),
+    #[cfg(target_arch = "x86_64")]
     always(libc::SYS_unlink, "remove sockets"),
     #[cfg(target_arch = "x86_64")]
     always(libc::SYS_rename, "give a socket its name when it listens"),
@@ -202,6 +208,10 @@ pub(super) const REFUSED: &[i64] = &[
     libc::SYS_fstat,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_open,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_stat,
 ];
 
 /// Refused with `ENOSYS` on every thread: its arguments are in memory, where no filter sees them. The C library then
