@@ -188,6 +188,10 @@ pub(super) const CONTROL: &[Rule] = &[
     #[cfg(target_arch = "x86_64")]
     always(libc::SYS_rmdir, "the folder of the graphics relay's socket"),
     #[cfg(target_arch = "x86_64")]
+    always(libc::SYS_stat, "as statx"),
+    #[cfg(target_arch = "x86_64")]
+    always(libc::SYS_lstat, "as statx"),
+    #[cfg(target_arch = "x86_64")]
     always(libc::SYS_unlink, "remove sockets"),
     #[cfg(target_arch = "x86_64")]
     always(libc::SYS_rename, "give a socket its name when it listens"),
@@ -210,6 +214,10 @@ pub(super) const REFUSED: &[i64] = &[
     libc::SYS_fstat,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_open,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_stat,
 ];
 
 /// Refused with `ENOSYS` on every thread: its arguments are in memory, where no filter sees them. The C library then
