@@ -32,14 +32,17 @@ fn shell(preparation: &str) -> Command {
 #[test]
 fn no_kvm_device() {
     let ended = command().run_as(shell("mount -t tmpfs none /dev; mknod -m 666 /dev/null c 1 3"));
-    let sentence = "/dev/kvm does not exist: load the KVM module (kvm_intel or kvm_amd) or enable virtualisation in the firmware";
+    let sentence =
+        "/dev/kvm does not exist: load the KVM module (kvm_intel or kvm_amd) or enable virtualisation in the firmware";
     says(&ended, sentence);
 }
 
 #[test]
 fn no_permission_for_kvm() {
-    let mut launcher = shell("chmod 600 /dev/kvm; cp \"$1\" /tmp/spectrum-vmm-of-nobody; shift; set -- \
-         setpriv --reuid=65534 --regid=65534 --clear-groups /tmp/spectrum-vmm-of-nobody \"$@\"");
+    let mut launcher = shell(
+        "chmod 600 /dev/kvm; cp \"$1\" /tmp/spectrum-vmm-of-nobody; shift; set -- \
+         setpriv --reuid=65534 --regid=65534 --clear-groups /tmp/spectrum-vmm-of-nobody \"$@\"",
+    );
     launcher.current_dir("/");
     let ended = command().run_as(launcher);
     says(&ended, "no permission to open /dev/kvm: add your user to the group that owns it (usually kvm)");
