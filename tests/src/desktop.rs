@@ -144,6 +144,26 @@ impl Desktop {
         self.wait_for(application, |windows| windows.iter().find(|window| wanted(window)).cloned())
     }
 
+    /// Waits until the window of `app_id` has drawn itself `width` pixels wide.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn wait_for_size(&mut self, application: &mut Application, app_id: &str, width: i64) {
+        let deadline = Instant::now() + TIMEOUT / 4;
+        loop {
+            let windows = self.windows();
+            let window = windows.iter().find(|window| window["app_id"] == app_id);
+            let has = window.and_then(|window| window["geometry"]["width"].as_i64()).unwrap_or(0);
+            if (has - width).abs() < 20 {
+                return;
+            }
+            application.assert_runs();
+            assert!(Instant::now() < deadline, "{width} wanted: {window:#?}\n{}", application.log());
+            // A client's new size is no event.
+            std::thread::sleep(POLL);
+        }
+    }
+
     /// The pixels that are on the screen now. A copy goes to `$SANDBOX_SHARE` under this name, for people.
     ///
     /// # Panics
@@ -243,7 +263,8 @@ impl Picture {
     /// Pixels inside a window (a node of the tree), without its decoration.
     pub fn inside(&self, window: &Value) -> impl Iterator<Item = [u8; 3]> {
         let number = |part: &str, key: &str| usize::try_from(window[part][key].as_i64().unwrap_or(0)).unwrap_or(0);
-        let (left, top) = (number("rect", "x") + number("window_rect", "x"), number("rect", "y") + number("window_rect", "y"));
+        let (left, top) =
+            (number("rect", "x") + number("window_rect", "x"), number("rect", "y") + number("window_rect", "y"));
         let right = (left + number("window_rect", "width")).min(self.width);
         let bottom = (top + number("window_rect", "height")).min(self.height);
         (top..bottom).flat_map(move |y| (left..right).map(move |x| self.pixels[y * self.width + x]))

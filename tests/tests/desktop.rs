@@ -41,7 +41,8 @@ fn foot_can_be_seen_typed_into_copied_from_and_closed() {
     desktop.type_line("title \"$(wl-paste -n)\"");
     desktop.wait_for_window(&mut foot, named("from the host: \u{e4}\u{20ac}"));
 
-    let mut watch = desktop.client("wl-paste").args(["--watch", "sed", "s/$/./"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut watch =
+        desktop.client("wl-paste").args(["--watch", "sh", "-c", "cat; echo ."]).stdout(Stdio::piped()).spawn().unwrap();
     let mut pasted = Output::collect(watch.stdout.take().unwrap());
     desktop.type_line("wl-copy from the VM; title copied");
     pasted.wait_for("from the VM.", TIMEOUT).unwrap();
