@@ -56,3 +56,42 @@ fn foot_can_be_seen_typed_into_copied_from_and_closed() {
     assert_ne!(status.code(), Some(125), "{status}");
     assert!(desktop.windows().is_empty());
 }
+
+/// Runs its arguments in the VM's shell as the unprivileged account, in the background.
+const AS_USER: &str = r#"u() { setpriv --reuid=user --regid=user --clear-groups env HOME=/home/user XDG_RUNTIME_DIR=/run/user/1000 "$@" & }"#;
+
+/// A shell in the VM that can look at the Wayland proxy there, and start clients of it.
+fn shell(desktop: &Desktop) -> Application {
+    let mut shell = Application::start(Some(desktop), &["--user", "root"], &["sh"]);
+    let ready = shell.shell(AS_USER);
+    assert_eq!(ready, "");
+    shell
+}
+
+/// Closes all windows that there are, as a user does, and waits until they are gone.
+fn close_all(desktop: &mut Desktop, application: &mut Application) {
+    desktop.command("[app_id=\".*\"] kill");
+    desktop.wait_for(application, |windows| windows.is_empty().then_some(()));
+}
+
+/// Other toolkits draw, and clients of one VM come and go one by one.
+#[test]
+fn weston_terminal_and_a_gtk_application_show_their_windows() {
+    let mut desktop = Desktop::new();
+    let mut shell = shell(&desktop);
+    let applications = [
+        ("weston-terminal", "org.freedesktop.weston.wayland-terminal"),
+        ("gtk3-demo-application", "gtk3-demo-application"),
+    ];
+    for (program, app_id) in applications {
+        shell.say(&format!("u {program}"));
+        let window = desktop.wait_for_window(&mut shell, |window| window["app_id"] == app_id);
+        assert!(!window["name"].as_str().unwrap_or_default().is_empty(), "no title: {window}");
+        // Text has many shades; a window that nothing was drawn into has one.
+        desktop.wait_for_picture(program, |picture| picture.colours(&window) >= 16);
+        close_all(&mut desktop, &mut shell);
+    }
+    shell.say("exit 7");
+    let (status, _) = shell.wait();
+    assert_eq!(status.code(), Some(7), "the application's exit status is the launcher's");
+}
