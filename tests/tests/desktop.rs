@@ -95,3 +95,80 @@ fn weston_terminal_and_a_gtk_application_show_their_windows() {
     let (status, _) = shell.wait();
     assert_eq!(status.code(), Some(7), "the application's exit status is the launcher's");
 }
+
+/// A mapping of a VMM, all sizes in KiB.
+#[derive(Debug, Default)]
+struct Mapping {
+    path: String,
+    /// It is neither guest memory nor an image.
+    own: bool,
+    rss: u64,
+    shared_clean: u64,
+    private_dirty: u64,
+}
+
+/// All of a process' mappings, from `/proc/PID/smaps`: proc_pid_smaps(5).
+fn mappings(pid: u32) -> Vec<Mapping> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mut found: Vec<Mapping> = Vec::new();
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        let (Some(key), Some(value)) = (words.next(), words.next()) else { continue };
+        let Some(key) = key.strip_suffix(':') else {
+            found.push(Mapping { path: words.nth(3).unwrap_or_default().into(), own: true, ..Mapping::default() });
+            continue;
+        };
+        let (Some(last), Ok(value)) = (found.last_mut(), value.parse()) else { continue };
+        match key {
+            // Guest memory and images are larger than anything a VMM has for itself.
+            "Size" => last.own = value < 64 * 1024,
+            "Rss" => last.rss = value,
+            "Shared_Clean" => last.shared_clean = value,
+            "Private_Dirty" => last.private_dirty = value,
+            _ => {}
+        }
+    }
+    found
+}
+
+/// The mapping of the template's image.
+fn image(pid: u32) -> Mapping {
+    let mut found: Vec<_> = mappings(pid).into_iter().filter(|mapping| mapping.path.ends_with("root.erofs")).collect();
+    assert_eq!(found.len(), 1, "{found:?}");
+    found.remove(0)
+}
+
+/// Two VMs read the same part of one image: it is in the host's memory once, and in neither guest's.
+#[test]
+fn vms_of_one_template_share_its_pages() {
+    const READ_MIB: u64 = 48;
+    // Its largest files: more than the guest would read otherwise.
+    let read = format!("cat $(find /usr/lib -type f -size +4M | sort) | head -c {READ_MIB}M | wc -c");
+    let mut vms = [(); 2].map(|()| Application::start(None, &[], &["sh"]));
+    for vm in &mut vms {
+        let mounted = vm.shell("grep -c 'erofs.*dax=always' /proc/mounts");
+        assert_eq!(mounted, "1", "the root file system uses DAX");
+        let before = cached(vm);
+        assert_eq!(vm.shell(&read), (READ_MIB << 20).to_string());
+        let after = cached(vm);
+        println!("page cache of the guest: {before} KiB, after reading {READ_MIB} MiB: {after} KiB");
+        assert!(after < before + 4096, "the guest's page cache grew from {before} to {after} KiB");
+    }
+    let pids = [vms[0].vmm(), vms[1].vmm()];
+    for pid in pids {
+        let image = image(pid);
+        println!("{image:?}");
+        assert!(image.shared_clean >= READ_MIB * 1024, "not shared: {image:?}");
+        assert_eq!(image.private_dirty, 0, "a copy of its own: {image:?}");
+    }
+    for vm in vms {
+        let (status, _) = vm.wait();
+        assert!(status.success(), "{status}");
+    }
+}
+
+/// The guest's page cache in KiB.
+fn cached(vm: &mut Application) -> u64 {
+    let line = vm.shell("grep ^Cached: /proc/meminfo");
+    line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or_else(|| panic!("{line:?}"))
+}
