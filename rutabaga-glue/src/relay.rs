@@ -79,7 +79,7 @@ impl Relay {
     /// Makes the socket; nobody listens yet, but connections queue up.
     ///
     /// # Errors
-    /// If there is no room for a temporary directory or a socket.
+    /// If there is no room for a socket in the directory for temporary files.
     pub fn new(compositor: PathBuf, bounds: Bounds) -> io::Result<Self> {
         let listener = rustix::net::socket_with(
             AddressFamily::UNIX,
@@ -87,11 +87,15 @@ impl Relay {
             SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
             None,
         )?;
-        let directory = tempfile::Builder::new().prefix("wl-relay-").tempdir()?;
-        let name = directory.path().join("s");
+        let name = std::env::temp_dir().join(format!("wl-relay-{:016x}", random()?));
         rustix::net::bind(&listener, &SocketAddrUnix::new(&name)?)?;
+        let socket = rustix::fs::open(&name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+        // Nobody can connect before it listens, nor by this name then, nor without the right to.
+        let private = rustix::fs::chmod(&name, Mode::RUSR | Mode::WUSR);
+        rustix::fs::unlink(&name)?;
+        private?;
+        let socket = socket?;
         rustix::net::listen(&listener, 128)?;
-        let socket = rustix::fs::open(&name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let path = format!("/proc/self/fd/{}", socket.as_raw_fd()).into();
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self { path, compositor, bounds, _socket: socket, listener: Some(listener), stop, thread: None })
@@ -126,6 +130,12 @@ impl Drop for Relay {
             log::error!("the Wayland relay's thread panicked");
         }
     }
+}
+
+fn random() -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(u64::from_ne_bytes(bytes))
 }
 
 /// Bytes and files on their way.
@@ -438,7 +448,7 @@ impl State {
 
     /// Moves what can be moved. False: the connection is at its end.
     fn serve(&mut self, c: &mut Connection) -> io::Result<bool> {
-        self.from_guest(c)?;
+        self.read_guest(c)?;
         if let Some(host) = &c.host {
             match c.to_host.send(host.fd.as_fd()) {
                 // The compositor is gone; what it said last may still be there to read.
@@ -452,7 +462,7 @@ impl State {
         if c.to_host.bytes > 0 && self.total().saturating_add(c.to_host.bytes) > self.bounds.total {
             return Err(io::Error::other("too much waits for the compositor"));
         }
-        self.from_host(c)?;
+        self.read_host(c)?;
         if let Some(guest) = &c.guest
             && c.to_guest.send(guest.fd.as_fd()).is_err()
         {
@@ -479,7 +489,7 @@ impl State {
         Ok(true)
     }
 
-    fn from_guest(&mut self, c: &mut Connection) -> io::Result<()> {
+    fn read_guest(&mut self, c: &mut Connection) -> io::Result<()> {
         for _ in 0..TURNS {
             let Some(guest) = &mut c.guest else { return Ok(()) };
             let to_host = &mut c.to_host;
@@ -499,7 +509,7 @@ impl State {
         Ok(())
     }
 
-    fn from_host(&mut self, c: &mut Connection) -> io::Result<()> {
+    fn read_host(&mut self, c: &mut Connection) -> io::Result<()> {
         for _ in 0..TURNS {
             if c.to_guest.bytes >= self.bounds.to_guest || c.guest.is_none() {
                 return Ok(());

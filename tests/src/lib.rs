@@ -24,4 +24,4 @@ pub use output::Output;
 pub use vmm::{Ended, Terminal, Vmm, VmmCommand};
 
 /// How long anything may take before it counts as hanging: a boot on an emulated machine takes a tenth of it.
-pub const TIMEOUT: Duration = Duration::from_secs(150);
+pub const TIMEOUT: Duration = Duration::from_secs(400);

@@ -149,7 +149,6 @@ impl Vmm {
     }
 
     /// A function, for whatever thread, that ends the machine and the VMM with an error.
-    #[must_use]
     pub fn fail_with(&self) -> impl Fn(String) + Send + Sync + 'static {
         let report = self.reporter(ANY_MACHINE);
         move |why| report(MachineEvent::Fault(why))

@@ -1,16 +1,24 @@
-//! What is at the reset vector in low memory: code that resets the machine.
+//! The one thing a BIOS would still be good for: the code at the reset vector.
 //!
-//! A hardware-reduced ACPI system is taken by Linux for one with UEFI: it does not use the reset register to reboot, but
-//! asks EFI, and where there is none it jumps in real mode to where a BIOS begins.
+//! Linux takes the reset register of the FADT for unreliable on hardware-reduced machines and, finding no EFI either, goes
+//! back to real mode and jumps to the reset vector (`native_machine_emergency_restart`, type `BOOT_BIOS`).
 
-use super::layout::port;
+use super::layout::{HIGH_RAM_START, RESET_VECTOR, port};
 
-/// Guest physical address of the first instruction a BIOS executes, `ffff:0000` in real mode.
-pub const VECTOR: u64 = 0xffff0;
-
-/// Writes the reset value to the reset register: `mov dx, port; mov al, value; out dx, al; hlt; jmp $-1`.
-#[must_use]
-pub const fn code() -> [u8; 9] {
+/// Real-mode code for [`RESET_VECTOR`]: writes the reset register.
+pub const CODE: [u8; 9] = {
     let [low, high] = port::RESET.to_le_bytes();
-    [0xba, low, high, 0xb0, port::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
-}
+    [
+        0xba,
+        low,
+        high, // mov dx, RESET
+        0xb0,
+        port::RESET_VALUE, // mov al, RESET_VALUE
+        0xee,              // out dx, al
+        0xf4,              // hlt
+        0xeb,
+        0xfd, // jmp to hlt
+    ]
+};
+
+const _: () = assert!(RESET_VECTOR + CODE.len() as u64 <= HIGH_RAM_START);

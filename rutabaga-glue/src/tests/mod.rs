@@ -3,6 +3,5 @@
 mod compositor;
 mod defects;
 mod guest;
-#[cfg(any())]
 mod sway;
 mod wire;

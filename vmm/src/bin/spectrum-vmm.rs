@@ -17,10 +17,19 @@ use vmm::sandbox::{Filters, Mode, SeccompError, Unconfined};
 use vmm::{Outcome, Vmm, stream};
 use vmm_api::Server;
 
+/// The exit status of a wrong command line.
+const USAGE: u8 = 2;
+
 fn main() -> ExitCode {
     let cli = match Cli::from_args(std::env::args_os()) {
         Ok(cli) => cli,
-        Err(e) => e.exit(),
+        Err(e) => match Cli::sentence(&e) {
+            None => e.exit(),
+            Some(sentence) => {
+                eprintln!("spectrum-vmm: {sentence}");
+                return ExitCode::from(USAGE);
+            }
+        },
     };
     match run(&cli) {
         Ok(Outcome::Ended) => ExitCode::SUCCESS,

@@ -1,0 +1,2 @@
+#![no_main]
+spectrum_fuzz::device_target!(rng);
