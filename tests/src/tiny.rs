@@ -52,6 +52,21 @@ const ONE_BYTE: &[u8] = &[
     0xf4, 0xeb, 0xfd,                   // halt: hlt; jmp halt
 ];
 
+/// Jumps to where no memory is: KVM cannot emulate that, as it cannot much of a kernel without the CPU's help.
+#[rustfmt::skip]
+const WILD_JUMP: &[u8] = &[
+    0xb8, 0, 0, 0, 0xd0,                // mov eax, 0xd0000000
+    0xff, 0xe0,                         // jmp eax
+];
+
+/// Writes the kernel that KVM cannot run to `path`.
+///
+/// # Panics
+/// If that fails.
+pub fn write_wild_jump(path: &Path) {
+    std::fs::write(path, elf(WILD_JUMP)).expect("the kernel can be written");
+}
+
 /// Writes the kernel that prints one byte to `path`.
 ///
 /// # Panics
