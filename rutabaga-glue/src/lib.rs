@@ -14,7 +14,9 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unreachable)
 )]
 
+mod context;
 mod engine;
+mod flow;
 mod relay;
 #[cfg(test)]
 mod tests;
