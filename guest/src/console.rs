@@ -15,3 +15,20 @@ pub fn print(message: fmt::Arguments<'_>) {
     let line = format!("[{:5}.{:03}] spectrum-guest: {message}\n", now.tv_sec, now.tv_nsec / 1_000_000);
     let _ = std::io::stderr().write_all(line.as_bytes());
 }
+
+/// Sends what libraries and shared modules log, from information upwards, the same way.
+pub fn log_to_console() {
+    struct Console;
+    impl log::Log for Console {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            say!("{}", record.args());
+        }
+        fn flush(&self) {}
+    }
+    if log::set_logger(&Console).is_ok() {
+        log::set_max_level(log::LevelFilter::Info);
+    }
+}

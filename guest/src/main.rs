@@ -8,9 +8,11 @@ mod console;
 mod init;
 mod sys;
 
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use console::say;
+use spectrum_guest::wayland;
 
 const USAGE: &str = "usage: spectrum-guest init | agent | wayland";
 
@@ -24,7 +26,7 @@ fn main() -> ExitCode {
     match part.to_str() {
         Some("init") => init::main(),
         Some("agent") => agent::main(),
-        Some("wayland") => wayland(),
+        Some("wayland") => wayland_proxy(),
         _ => {
             say!("{USAGE}");
             ExitCode::from(2)
@@ -33,7 +35,13 @@ fn main() -> ExitCode {
 }
 
 /// The Wayland proxy. Its listening socket is standard input, made by PID 1 so that it exists before any application.
-fn wayland() -> ExitCode {
-    say!("wayland: this build has no Wayland proxy");
+fn wayland_proxy() -> ExitCode {
+    console::log_to_console();
+    let Err(error) = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(wayland::Error::Accept)
+        .and_then(|socket| wayland::run(&socket.into(), &wayland::Options::default()));
+    say!("wayland: {error}");
     ExitCode::FAILURE
 }

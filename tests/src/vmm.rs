@@ -163,7 +163,7 @@ impl VmmCommand {
     pub fn run_as(self, launcher: Command) -> Ended {
         let mut vmm = self.spawn_as(launcher);
         vmm.input = None;
-        vmm.wait()
+        vmm.wait_for_end(TIMEOUT / 10)
     }
 }
 
@@ -351,8 +351,12 @@ impl Vmm {
     /// # Panics
     /// If it does not.
     pub fn wait_here(&mut self) -> Ended {
+        self.wait_for_end(TIMEOUT)
+    }
+
+    fn wait_for_end(&mut self, timeout: Duration) -> Ended {
         // Its standard error ends when the process does, unless it handed it on.
-        let stderr = self.errors.wait_end(TIMEOUT);
+        let stderr = self.errors.wait_end(timeout);
         let stderr = stderr.unwrap_or_else(|e| panic!("{e}\nstandard output:\n{}", self.output.text()));
         let status = self.child.wait().expect("our child");
         self.input = None;

@@ -129,8 +129,9 @@ pub struct Kind {
 #[rustfmt::skip]
 pub const KINDS: &[&Kind] = &[
     &crate::rng::KIND,
+    &crate::blk::KIND,
     &crate::pmem::KIND,
     &crate::console::KIND,
-    &crate::gpu::KIND,
     &crate::vsock::KIND,
+    &crate::gpu::KIND,
 ];

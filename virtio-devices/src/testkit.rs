@@ -2,7 +2,13 @@
 //!
 //! [`Driver`] plays the guest. [`Driver::offer`] makes a chain available, [`Driver::run`] is the kick,
 //! [`Driver::used`] is what came back. `conformance_tests!` gives a device the tests every device must pass.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests may")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that cannot be set up is to fail, and says so by panicking"
+)]
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -11,7 +17,11 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::device::{Active, Broken, Device, Interrupt, Memory, VirtQueue};
+use vmm_config::{HostFacts, VmConfig};
+
+use crate::device::{Active, Broken, Device, Interrupt, Memory, VirtQueue, WindowAddress};
+use crate::gpu::RendererFactory;
+use crate::registry::{BuildContext, BuildError, ConsoleEnds, Kind, WindowRequest};
 use crate::worker::Worker;
 
 /// Guest RAM of the mock: 64 MiB at 0.
@@ -405,6 +415,31 @@ impl RunningDriver {
         driver.active = Some(active);
         driver
     }
+}
+
+/// Builds the first device of `kind` that `config` asks for, as the VMM would; its window is at 1 TiB.
+///
+/// # Errors
+/// What the kind says.
+///
+/// # Panics
+/// If the configuration has no device of this kind.
+pub fn build(
+    kind: &Kind,
+    config: &VmConfig,
+    console: Option<ConsoleEnds>,
+    renderer: &dyn RendererFactory,
+) -> Result<Box<dyn Device>, BuildError> {
+    let files = config.pmem.iter().filter_map(|pmem| Some((pmem.file.clone(), pmem.file.metadata().ok()?.len())));
+    let facts = HostFacts { file_sizes: files.collect(), ..HostFacts::default() };
+    let requests = (kind.requests)(config, &facts);
+    let request = requests.first().expect("the configuration has such a device");
+    let window = request.window.map(|window| match window {
+        WindowRequest::SharedMemory { len } | WindowRequest::Range { len } => {
+            WindowAddress { guest: GuestAddress(1 << 40), len }
+        }
+    });
+    (kind.build)(BuildContext { config, request, window, console, renderer, saved: None }).map(|built| built.device)
 }
 
 /// Offers chains made from `bytes` to every queue of the device: garbage lengths, addresses, flags and indices. For

@@ -5,7 +5,7 @@ use std::num::ParseIntError;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use thiserror::Error;
 use vmm_config::{
@@ -233,6 +233,47 @@ impl Cli {
         Ok(cli)
     }
 
+    /// A mistake of the user's in one sentence; `None` for help and version, which are no mistakes.
+    pub fn sentence(error: &clap::Error) -> Option<String> {
+        let get = |kind| match error.get(kind) {
+            Some(ContextValue::String(text)) => Some(text.clone()),
+            Some(ContextValue::Strings(all)) => all.first().cloned(),
+            _ => None,
+        };
+        match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => return None,
+            ErrorKind::UnknownArgument => {
+                if let Some(flag) = get(ContextKind::InvalidArg) {
+                    return Some(match get(ContextKind::SuggestedArg) {
+                        Some(near) => format!("unknown flag {flag} (did you mean {near}?)"),
+                        None => format!("unknown flag {flag}; --help lists those there are"),
+                    });
+                }
+            }
+            ErrorKind::ValueValidation => {
+                // The messages of keys name their flag themselves.
+                let cause = std::error::Error::source(error).map(ToString::to_string);
+                let flag = get(ContextKind::InvalidArg).unwrap_or_default();
+                let flag = flag.split_whitespace().next().unwrap_or_default();
+                match cause {
+                    Some(cause) if cause.starts_with("--") => return Some(cause),
+                    Some(cause) => return Some(format!("{flag}: {cause}")),
+                    None => {}
+                }
+            }
+            _ => {}
+        }
+        let text = error.to_string();
+        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        let first = lines.next().unwrap_or_default();
+        let sentence = first.strip_prefix("error: ").unwrap_or(first).to_owned();
+        Some(match lines.next() {
+            // The values that are possible.
+            Some(more) if more.starts_with('[') => format!("{sentence} {more}"),
+            _ => sentence,
+        })
+    }
+
     /// The machine the flags describe; `None` if there is nothing to boot and the API is to be waited for.
     pub fn config(&self) -> Option<VmConfig> {
         if self.kernel.is_none() && self.firmware.is_none() {
@@ -285,7 +326,7 @@ mod tests {
 
     fn read(line: &str) -> Result<Cli, String> {
         Cli::from_args(std::iter::once("spectrum-vmm").chain(line.split_whitespace()))
-            .map_err(|error| error.to_string())
+            .map_err(|error| Cli::sentence(&error).unwrap())
     }
 
     fn mistake(line: &str) -> String {
@@ -336,12 +377,14 @@ mod tests {
         assert!(mistake("").contains("nothing to do: give --kernel FILE"));
         assert!(mistake("--disk path=/a --api-socket /x").contains("--disk describes a machine"));
         assert!(mistake("--landlock-rules path=/a,access=r --api-socket /x").contains("--landlock-rules describes"));
-        assert!(mistake("--kernal /k").contains("'--kernel'"));
+        assert!(mistake("--kernal /k").contains("unknown flag --kernal (did you mean --kernel?)"));
         assert!(mistake("--kernel /k --net tap=x").contains("--net is not supported yet; leave it out"));
         assert!(mistake("--kernel /k --disk pth=/a").contains("did you mean \"path\"?"));
         assert!(mistake("--kernel /k --kernel /j").contains("cannot be used multiple times"));
         assert!(mistake("--kernel /k --seccomp maybe").contains("true, false, log"));
-        assert!(mistake("--api-socket fd=x").contains("fd=x is not the number"));
+        assert!(mistake("--kernel").contains("a value is required for '--kernel <FILE>'"));
+        assert!(mistake("--nothing-like-it").contains("unknown flag --nothing-like-it; --help lists"));
+        assert!(mistake("--api-socket fd=x").contains("--api-socket: fd=x is not the number"));
         assert!(mistake("--api-socket fd=1").contains("3 is the first"));
         assert!(mistake("--kernel /k --api-socket /s --vsock cid=3,socket=/s").contains("cannot both use /s"));
     }

@@ -12,6 +12,7 @@
 //!         0x9_fc00 | reserved (extended BIOS area)  |
 //!         0xa_0000 | not in the guest's memory map  |
 //!         0xe_0000 | ACPI: RSDP first, then tables  |
+//!         0xf_fff0 | code that resets the machine  |
 //!        0x10_0000 | RAM: kernel ... initramfs      |
 //!                  | end of RAM, at most 3 GiB      |
 //!      0xc000_0000 | PCI memory, 32-bit window      |
@@ -61,7 +62,9 @@ pub const LOW_RAM_END: u64 = 0xa_0000;
 /// Where the RSDP and after it the other ACPI tables lie; kernels without a boot protocol find it here by searching.
 pub const ACPI_START: u64 = 0xe_0000;
 /// Room for all ACPI tables together.
-pub const ACPI_MAX_SIZE: u64 = HIGH_RAM_START - ACPI_START;
+pub const ACPI_MAX_SIZE: u64 = RESET_VECTOR - ACPI_START;
+/// Where real-mode code jumps to restart a PC, `f000:fff0`; see [`super::reset`].
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where RAM free for the kernel begins.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 

@@ -7,3 +7,4 @@ pub mod lapic;
 pub mod layout;
 pub mod msr;
 pub mod regs;
+pub mod reset;

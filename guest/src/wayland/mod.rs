@@ -24,6 +24,7 @@ mod table;
 mod virtgpu;
 mod wire;
 
+use std::convert::Infallible;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -38,20 +39,15 @@ pub use virtgpu::{VirtGpu, find_device};
 /// How the proxy is set up.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Path of the socket applications connect to, such as `/run/user/1000/wayland-0`.
-    pub socket: PathBuf,
-    /// User and group the socket is given to; otherwise it stays the proxy's.
-    pub owner: Option<(u32, u32)>,
     /// The render node; by default the first that offers cross-domain contexts.
     pub device: Option<PathBuf>,
     /// Applications at a time. Each holds a context on the host, which has few (about 64).
     pub max_clients: usize,
 }
 
-impl Options {
-    /// The defaults, for a socket at `socket`.
-    pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), owner: None, device: None, max_clients: 60 }
+impl Default for Options {
+    fn default() -> Self {
+        Self { device: None, max_clients: 60 }
     }
 }
 
@@ -74,40 +70,39 @@ pub enum Error {
     Accept(#[source] io::Error),
 }
 
-/// Runs the proxy. Returns only if it cannot go on.
+/// Runs the proxy for those who connect to `listener`. Returns only if it cannot go on.
 ///
 /// # Errors
 ///
 /// See [`Error`].
-pub fn run(options: &Options) -> Result<std::convert::Infallible, Error> {
+pub fn run(listener: &UnixListener, options: &Options) -> Result<Infallible, Error> {
     let device = match &options.device {
         Some(path) => path.clone(),
         None => find_device().map_err(Error::Device)?,
     };
-    let listener = listen(options)?;
-    log::info!("Wayland proxy on {} by {}", options.socket.display(), device.display());
-    serve(&listener, options.max_clients, move || VirtGpu::open(&device))
+    log::debug!("forwarding Wayland clients by {}", device.display());
+    serve(listener, options.max_clients, move || VirtGpu::open(&device))
 }
 
-/// Binds the socket, replacing a stale one, and gives it to its owner.
+/// Binds a socket at `path`, replacing a stale one, for the user and group `owner` if given.
 ///
 /// # Errors
 ///
 /// [`Error::Listen`].
-pub fn listen(options: &Options) -> Result<UnixListener, Error> {
-    let bind = |path: &Path| -> io::Result<UnixListener> {
+pub fn listen(path: &Path, owner: Option<(u32, u32)>) -> Result<UnixListener, Error> {
+    let bind = || -> io::Result<UnixListener> {
         match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
         let listener = UnixListener::bind(path)?;
         std::fs::set_permissions(path, PermissionsExt::from_mode(0o700))?;
-        if let Some((user, group)) = options.owner {
+        if let Some((user, group)) = owner {
             chown(path, Some(user), Some(group))?;
         }
         Ok(listener)
     };
-    bind(&options.socket).map_err(|source| Error::Listen { path: options.socket.clone(), source })
+    bind().map_err(|source| Error::Listen { path: path.to_owned(), source })
 }
 
 /// Counts a client for as long as it lives.
@@ -128,8 +123,9 @@ pub fn serve<G: Gpu + 'static>(
     listener: &UnixListener,
     max_clients: usize,
     open: impl Fn() -> io::Result<G> + Send + Sync + 'static,
-) -> Result<std::convert::Infallible, Error> {
+) -> Result<Infallible, Error> {
     raise_fd_limit();
+    listener.set_nonblocking(false).map_err(Error::Accept)?;
     let open = Arc::new(open);
     let clients = Arc::new(AtomicUsize::new(0));
     loop {

@@ -19,7 +19,7 @@ use super::table::{Table, op};
 use super::wire::{self, Arg, Builder};
 
 /// How long the host may take to say its first word.
-const FIRST_ANSWER: Duration = Duration::from_secs(15);
+const FIRST_ANSWER: Duration = Duration::from_secs(10);
 /// How long the pipes of an application that has gone are kept, if it has no windows.
 const LINGER: Duration = Duration::from_secs(10);
 /// Wakes up for timeouts even if nothing else happens.

@@ -153,10 +153,17 @@ impl Desktop {
     }
 }
 
-impl Drop for Desktop {
-    fn drop(&mut self) {
+impl Desktop {
+    /// Ends the compositor without warning.
+    pub fn kill(&mut self) {
         let _ = self.sway.kill();
         let _ = self.sway.wait();
+    }
+}
+
+impl Drop for Desktop {
+    fn drop(&mut self) {
+        self.kill();
     }
 }
 

@@ -251,9 +251,12 @@ fn arguments(settings: &Settings, folder: &RunFolder) -> Vec<OsString> {
         text.push(suffix);
         text
     };
-    // "quiet" keeps what the kernel prints for itself off the console; what fails is still said.
-    let mut cmdline = format!("panic=-1 spectrum.root=/dev/pmem0 spectrum.hostname={}", settings.hostname);
-    cmdline.insert_str(0, if settings.debug { "console=ttyS0 console=hvc0 " } else { "console=hvc0 quiet " });
+    // "quiet" keeps what the kernel prints for itself off the console; what fails is still said. Who debugs wants all of
+    // it, and the serial port has it from the first line on.
+    let console = if settings.debug { "console=ttyS0" } else { "console=hvc0 quiet" };
+    let cmdline = format!("{console} panic=-1 spectrum.root=/dev/pmem0 spectrum.hostname={}", settings.hostname);
+    let on = with("file=", &folder.path("console"), "");
+    let (serial, virtio) = if settings.debug { (on, "off".into()) } else { ("off".into(), on) };
     let mut arguments: Vec<OsString> = vec![
         "--api-socket".into(),
         folder.path("api.sock").into(),
@@ -272,9 +275,9 @@ fn arguments(settings: &Settings, folder: &RunFolder) -> Vec<OsString> {
         "--vsock".into(),
         with(&format!("cid={GUEST_CID},socket="), &folder.path("vsock.sock"), ""),
         "--serial".into(),
-        if settings.debug { with("file=", &folder.path("console"), "") } else { "off".into() },
+        serial,
         "--console".into(),
-        with("file=", &folder.path("console"), ""),
+        virtio,
         "--rng".into(),
         "src=/dev/urandom".into(),
     ];

@@ -84,8 +84,6 @@ fn read_saved(saved: &SavedState) -> Result<State, String> {
 }
 
 const SYSCALLS: &[Syscall] = &[
-    Syscall { number: libc::SYS_read, why: "read the guest's input, and acknowledge the timer" },
-    Syscall { number: libc::SYS_write, why: "write the guest's output" },
     Syscall { number: libc::SYS_ppoll, why: "see whether a pseudo-terminal was opened again" },
     #[cfg(target_arch = "x86_64")]
     Syscall { number: libc::SYS_poll, why: "see whether a pseudo-terminal was opened again" },

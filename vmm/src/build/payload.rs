@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use arch::acpi::{AcpiInput, tables};
 use arch::boot::{Entry, Payload, load as load_kernel};
-use arch::layout::{ACPI_START, PCI_MMIO32, Window};
+use arch::layout::{ACPI_START, PCI_MMIO32, RESET_VECTOR, Window};
+use arch::reset;
 use virtio_devices::device::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -35,6 +36,8 @@ pub fn load(from: &Ingredients<'_>, ram: &Memory) -> Result<Entry, BuildError> {
     )?;
     ram.write_slice(&acpi.bytes, GuestAddress(ACPI_START))
         .map_err(|e| BuildError::Plan(format!("no RAM where ACPI tables go: {e}")))?;
+    ram.write_slice(&reset::CODE, GuestAddress(RESET_VECTOR))
+        .map_err(|e| BuildError::Plan(format!("no RAM where the reset vector is: {e}")))?;
     let payload = from.config.payload.as_ref();
     let path: PathBuf = payload.and_then(|p| p.kernel.clone()).unwrap_or_default();
     let mut kernel = open("kernel", &path)?;

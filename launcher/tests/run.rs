@@ -1,0 +1,295 @@
+//! `spectrum run` against a stand-in for the VMM: this test plays the VMM's sockets and the agent.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::{fs::PermissionsExt, net::UnixListener, net::UnixStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+};
+
+use guest_proto::{ExitStatus, FromAgent, Hello, Link, Reply, Request, Run, ToAgent, VERSION};
+
+type Agent = Link<ToAgent, FromAgent>;
+
+/// Prints its arguments into a pipe and lives until the other pipe is closed or it is told to end.
+const VMM: &str = r#"#!/bin/sh
+printf '%s\n' "$@" END > "$FAKE/arguments"
+read -r how < "$FAKE/end"
+echo "last words" >&2
+exit "${how:-0}"
+"#;
+
+/// The places of one test, and its launcher.
+struct Fixture {
+    folder: tempfile::TempDir,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path();
+        for name in ["runtime", "home/templates/default"] {
+            fs::create_dir_all(place.join(name)).unwrap();
+        }
+        let mut files = String::new();
+        for name in ["initramfs", "root.erofs", "vmlinux", "vmlinuz"] {
+            fs::write(place.join("home/templates/default").join(name), "").unwrap();
+            files += &format!(r#"{}"{name}":{{"bytes":0,"sha256":""}}"#, if files.is_empty() { "" } else { "," });
+        }
+        let manifest = format!(r#"{{"version":1,"suite":"x","kernel":"6.12","packages":{{}},"files":{{{files}}}}}"#);
+        fs::write(place.join("home/templates/default/template.json"), manifest).unwrap();
+        fs::write(place.join("vmm"), VMM).unwrap();
+        fs::set_permissions(place.join("vmm"), PermissionsExt::from_mode(0o755)).unwrap();
+        for pipe in ["arguments", "end"] {
+            assert!(Command::new("mkfifo").arg(place.join(pipe)).status().unwrap().success());
+        }
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn launcher(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_spectrum"));
+        command
+            .args(arguments)
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .env("FAKE", self.folder.path())
+            .env("SPECTRUM_HOME", self.path("home"))
+            .env("SPECTRUM_VMM", self.path("vmm"))
+            .env("XDG_RUNTIME_DIR", self.path("runtime"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Child {
+        let arguments = [&["run", "--no-wayland"], arguments].concat();
+        self.launcher(&arguments).spawn().unwrap()
+    }
+
+    /// Arguments of the VMM, once it runs.
+    fn vmm_arguments(&self) -> Vec<String> {
+        let lines = BufReader::new(fs::File::open(self.path("arguments")).unwrap()).lines();
+        lines.map(Result::unwrap).take_while(|line| line != "END").collect()
+    }
+
+    /// Plays VMM and agent up to the request.
+    fn answer(&self) -> (Run, Agent, Agent) {
+        let arguments = self.vmm_arguments();
+        let value = arguments.iter().find_map(|argument| argument.strip_prefix("cid=3,socket=")).unwrap();
+        let socket = Path::new(value);
+        let listener = UnixListener::bind(socket).unwrap();
+        let mut ready = Agent::new(UnixStream::connect(format!("{value}_5001")).unwrap().into()).unwrap();
+        ready.queue(&FromAgent::Hello(Hello { version: VERSION })).unwrap();
+        ready.flush().unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut line = [0; 13];
+        stream.read_exact(&mut line).unwrap();
+        assert_eq!(&line, b"CONNECT 5000\n");
+        stream.write_all(b"OK 1073741824\n").unwrap();
+        let mut agent = Agent::new(stream.into()).unwrap();
+        match agent.exchange(20).unwrap() {
+            ToAgent::Request(Request::Run(run)) => (run, agent, ready),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Lets the VMM end with this status.
+    fn end(&self, status: &str) {
+        fs::write(self.path("end"), format!("{status}\n")).unwrap();
+    }
+
+    fn assert_nothing_left(&self) {
+        assert_eq!(fs::read_dir(self.path("runtime/spectrum")).unwrap().count(), 0);
+    }
+}
+
+fn send(agent: &mut Agent, messages: &[FromAgent]) {
+    for message in messages {
+        agent.queue(message).unwrap();
+    }
+    while !agent.is_idle() {
+        agent.flush().unwrap();
+    }
+}
+
+fn started() -> FromAgent {
+    FromAgent::Reply(Reply::Started { pid: 7 })
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn streams_and_status_are_passed_on() {
+    let fixture = Fixture::new();
+    let mut child = fixture.run(&["--env", "A=b", "--cwd", "/tmp", "wc", "-c", "--help"]);
+    child.stdin.take().unwrap().write_all(b"input").unwrap();
+    let (run, mut agent, _ready) = fixture.answer();
+    assert_eq!(run.argv, ["wc", "-c", "--help"]);
+    assert_eq!((run.user.as_str(), run.cwd.as_deref(), run.then_power_off), ("user", Some("/tmp"), true));
+    assert_eq!(run.env["A"], "b");
+    send(&mut agent, &[started()]);
+    assert_eq!(agent.exchange(20).unwrap(), ToAgent::Stdin(b"input".to_vec()));
+    assert_eq!(agent.exchange(20).unwrap(), ToAgent::Stdin(vec![]));
+    let raw = b"out\x1b[0m\n".to_vec();
+    let messages = [
+        FromAgent::Stdout(raw.clone()),
+        FromAgent::Stderr(b"err\n".to_vec()),
+        FromAgent::Stdout(vec![b'x'; 30_000]),
+        FromAgent::Exit(ExitStatus::Code(42)),
+    ];
+    send(&mut agent, &messages);
+    fixture.end("0");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(42), "{}", text(&output.stderr));
+    assert_eq!(output.stdout, [raw, vec![b'x'; 30_000]].concat());
+    assert_eq!(text(&output.stderr), "err\n");
+    fixture.assert_nothing_left();
+}
+
+#[test]
+fn a_signal_of_the_application_becomes_a_status() {
+    let fixture = Fixture::new();
+    let child = fixture.run(&["foot"]);
+    let (_, mut agent, _ready) = fixture.answer();
+    send(&mut agent, &[started(), FromAgent::Exit(ExitStatus::Signal(11))]);
+    fixture.end("0");
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(128 + 11));
+}
+
+#[test]
+fn signals_end_the_vm() {
+    for (name, number) in [("INT", 2), ("TERM", 15)] {
+        let fixture = Fixture::new();
+        let child = fixture.run(&["foot"]);
+        let (_, mut agent, _ready) = fixture.answer();
+        send(&mut agent, &[started()]);
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(128 + number));
+        assert_eq!(text(&output.stderr), "");
+        fixture.assert_nothing_left();
+    }
+}
+
+#[test]
+fn what_the_agent_cannot_start_is_told() {
+    let fixture = Fixture::new();
+    let child = fixture.run(&["no-such-thing"]);
+    let (_, mut agent, _ready) = fixture.answer();
+    let message = "there is no program no-such-thing in the VM\u{1b}[2J".into();
+    send(&mut agent, &[FromAgent::Reply(Reply::Failed { message })]);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert_eq!(text(&output.stderr), "spectrum: there is no program no-such-thing in the VM\u{fffd}[2J\n");
+    fixture.assert_nothing_left();
+}
+
+#[test]
+fn a_vmm_that_dies_is_explained_with_its_last_words() {
+    // Before the agent is there, and while the application runs.
+    for running in [false, true] {
+        let fixture = Fixture::new();
+        let child = fixture.run(&["foot"]);
+        if running {
+            let (_, mut agent, _ready) = fixture.answer();
+            send(&mut agent, &[started()]);
+            drop(agent);
+        } else {
+            fixture.vmm_arguments();
+        }
+        fixture.end("9");
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(125));
+        let expected = "spectrum: the VMM ended (exit status: 9) before the application did\n\
+                        the VMM's last messages:\nlast words\n";
+        assert_eq!(text(&output.stderr), expected);
+        fixture.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_guest_that_breaks_the_protocol_ends_the_run() {
+    let fixture = Fixture::new();
+    let child = fixture.run(&["foot"]);
+    let (_, mut agent, _ready) = fixture.answer();
+    send(&mut agent, &[started(), FromAgent::Hello(Hello { version: VERSION })]);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(text(&output.stderr).contains("broke the protocol"), "{}", text(&output.stderr));
+    fixture.assert_nothing_left();
+}
+
+#[test]
+fn a_vm_that_is_never_ready_is_given_up() {
+    let fixture = Fixture::new();
+    let output = fixture.run(&["--boot-timeout", "0", "foot"]).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(text(&output.stderr).starts_with("spectrum: the VM was not ready after 0 s"), "{}", text(&output.stderr));
+    fixture.assert_nothing_left();
+}
+
+#[test]
+fn the_vmm_gets_cloud_hypervisors_options() {
+    let fixture = Fixture::new();
+    let socket = fixture.path("wayland-7");
+    let _compositor = UnixListener::bind(&socket).unwrap();
+    let mut command = fixture.launcher(&["run", "--memory", "1G", "--cpus", "2", "--vmm-arg=-v", "My.App"]);
+    let child = command.env("WAYLAND_DISPLAY", &socket).spawn().unwrap();
+    let arguments = fixture.vmm_arguments();
+    let value = |flag: &str| {
+        let at = arguments.iter().position(|argument| argument == flag).unwrap_or_else(|| panic!("{flag}"));
+        arguments[at + 1].clone()
+    };
+    assert_eq!(value("--memory"), "size=1G");
+    assert_eq!(value("--cpus"), "boot=2");
+    assert_eq!(value("--gpu"), format!("cross-domain,wayland={}", socket.display()));
+    let template = fixture.path("home/templates/default");
+    assert_eq!(value("--pmem"), format!("file={},discard_writes=on", template.join("root.erofs").display()));
+    assert_eq!(value("--kernel"), template.join("vmlinuz").display().to_string());
+    assert!(value("--cmdline").ends_with("spectrum.root=/dev/pmem0 spectrum.hostname=my-app"));
+    assert_eq!(arguments.last().unwrap(), "-v");
+    fixture.end("1");
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(125));
+}
+
+/// The first line on standard error, and the status.
+fn mistake(command: &mut Command) -> (String, i32) {
+    let Output { status, stderr, .. } = command.output().unwrap();
+    let text = text(&stderr);
+    assert_eq!(text.lines().count(), 1, "{text}");
+    (text.trim().to_owned(), status.code().unwrap())
+}
+
+#[test]
+fn mistakes_are_one_sentence() {
+    let fixture = Fixture::new();
+    let home = fixture.path("home");
+    let check = |command: &mut Command, expected: &str| {
+        let (text, status) = mistake(command);
+        assert!(text.contains(expected), "{text}");
+        assert_eq!(status, 125);
+    };
+    check(&mut fixture.launcher(&["run", "foot"]), "WAYLAND_DISPLAY is not set");
+    check(fixture.launcher(&["run", "foot"]).env("WAYLAND_DISPLAY", "wayland-9"), "does not answer");
+    check(&mut fixture.launcher(&["run", "--no-wayland", "--template", "x", "foot"]), "there is no template \"x\"");
+    check(&mut fixture.launcher(&["run", "--no-wayland", "--template", "../x", "foot"]), "cannot be a template's name");
+    check(&mut fixture.launcher(&["run", "--no-wayland", "--vmm", "/no/vmm", "foot"]), "there is no VMM at /no/vmm");
+    check(&mut fixture.launcher(&["run", "--no-wayland", "--env", "A", "foot"]), "is not NAME=VALUE");
+    check(&mut fixture.launcher(&["template", "rm", "x"]), "there is no template \"x\"");
+    check(&mut fixture.launcher(&["template", "build", "x", "--guest", "/no/guest"]), "cannot use /no/guest");
+    check(&mut fixture.launcher(&["template", "build", "x", "--guest", "/bin/sh"]), "is not a static");
+    check(fixture.launcher(&["template", "list"]).env("SPECTRUM_HOME", "relative"), "must be an absolute path");
+    fs::remove_dir_all(home.join("templates/default")).unwrap();
+    check(&mut fixture.launcher(&["run", "--no-wayland", "foot"]), "there is no template yet");
+    let output = fixture.launcher(&["run", "--templat", "x", "foot"]).output().unwrap();
+    assert!(!output.status.success() && text(&output.stderr).contains("--template"), "{}", text(&output.stderr));
+}
