@@ -45,7 +45,7 @@ fn open_files() -> usize {
 fn resident_mib() -> usize {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     let pages: usize = statm.split(' ').nth(1).unwrap().parse().unwrap();
-    pages * 4096 >> 20
+    (pages * 4096) >> 20
 }
 
 /// A megabyte that is no text and repeats nowhere at a page's distance.

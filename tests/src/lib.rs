@@ -5,12 +5,14 @@
 //! * [`Initramfs`] makes the image a guest boots: `guest-probe` as its first process, which does the jobs named on the
 //!   kernel command line and prints what came of them; or any other program.
 //! * [`tiny`] is a guest of a few bytes for tests that need a running machine and no Linux.
+//! * [`desktop`] is a headless compositor, and applications in VMs of their own on it.
 //! * [`curl`] asks the API as people do by hand.
 //!
 //! Nothing here sleeps: every wait is for text, for the end of a process or for an answer, with a time-out that only a
 //! hang reaches ([`TIMEOUT`]).
 
 pub mod curl;
+pub mod desktop;
 mod initramfs;
 mod output;
 pub mod programs;

@@ -12,13 +12,15 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use hypervisor::Hypervisor;
 use virtio_devices::gpu::RendererFactory;
 use vmm_api::{Failure, PingInfo, Reply, Request, Response, Server, VmInfo, VmState};
-use vmm_config::{HostFacts, VmConfig};
+use vmm_config::{HostFacts, ProblemKind, VmConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::build::{BuildError, Confinement, Ingredients, build};
+use crate::events::EventMonitor;
 use crate::lifecycle::{Decision, decide};
 use crate::machine::{InputState, Machine, MachineEvent};
 use crate::plan::{Plan, PlanError, PlanFacts};
+use crate::sandbox::{Files, LandlockError};
 use crate::stream::{Stream, StreamError};
 
 /// Why the VMM cannot do what it was asked.
@@ -39,6 +41,9 @@ pub enum VmmError {
     /// Serial port or console cannot be opened.
     #[error(transparent)]
     Stream(#[from] StreamError),
+    /// The process cannot be confined to the machine's files.
+    #[error(transparent)]
+    Landlock(#[from] LandlockError),
     /// Not now.
     #[error("{0}")]
     State(String),
@@ -77,6 +82,10 @@ pub struct Vmm {
     hypervisor: Arc<dyn Hypervisor>,
     renderer: Box<dyn RendererFactory>,
     confinement: Box<dyn Confinement>,
+    files: Files,
+    /// Sockets the process removes when it ends.
+    own_sockets: Vec<PathBuf>,
+    monitor: Option<EventMonitor>,
     created: Option<Created>,
     server: Option<Server>,
     signals: Option<UnixStream>,
@@ -84,6 +93,9 @@ pub struct Vmm {
     generation: u64,
     outcome: Option<Outcome>,
 }
+
+/// What is told about the process, whatever machine it runs.
+const ANY_MACHINE: u64 = u64::MAX;
 
 const SERVER: u32 = 1;
 const SIGNAL: u32 = 2;
@@ -108,6 +120,9 @@ impl Vmm {
             hypervisor,
             renderer,
             confinement,
+            files: Files::default(),
+            own_sockets: Vec::new(),
+            monitor: None,
             created: None,
             server: None,
             signals: None,
@@ -120,6 +135,23 @@ impl Vmm {
     /// Answers requests on `server`.
     pub fn serve(&mut self, server: Server) {
         self.server = Some(server);
+    }
+
+    /// Tells `monitor` of what happens.
+    pub fn tell(&mut self, monitor: EventMonitor) {
+        self.monitor = Some(monitor);
+        self.event("vmm", "starting");
+    }
+
+    /// The process removes the socket at `path` when it ends; Landlock is to allow that.
+    pub fn own_socket(&mut self, path: PathBuf) {
+        self.own_sockets.push(path);
+    }
+
+    /// A function, for whatever thread, that ends the machine and the VMM with an error.
+    pub fn fail_with(&self) -> impl Fn(String) + Send + Sync + 'static {
+        let report = self.reporter(ANY_MACHINE);
+        move |why| report(MachineEvent::Fault(why))
     }
 
     /// Ends the VMM when something arrives on `signals`.
@@ -141,9 +173,19 @@ impl Vmm {
     /// If the definition makes no sense, or a stream cannot be opened.
     pub fn create(&mut self, mut config: VmConfig) -> Result<(), VmmError> {
         let facts = host_facts(&config, self.hypervisor.capabilities().max_vcpus);
-        let problems: Vec<String> = config.check(&facts).iter().map(ToString::to_string).collect();
+        // What is to be booted may be missing until then.
+        let problems = config.check(&facts).into_iter().filter(|p| p.kind != ProblemKind::NoPayload);
+        let problems: Vec<String> = problems.map(|p| p.to_string()).collect();
         if !problems.is_empty() {
             return Err(VmmError::Config(problems));
+        }
+        if config.cpus.max_vcpus > config.cpus.boot_vcpus {
+            let cpus = &config.cpus;
+            log::warn!(
+                "the guest has {} CPUs; adding more, up to {}, is not possible yet",
+                cpus.boot_vcpus,
+                cpus.max_vcpus
+            );
         }
         let serial = Stream::open(&config.serial)?;
         let console = Stream::open(&config.console)?;
@@ -162,16 +204,19 @@ impl Vmm {
     /// # Errors
     /// If there is none, or it cannot be built.
     pub fn boot(&mut self) -> Result<(), VmmError> {
-        if self.hypervisor.capabilities().software_only {
-            log::info!("{SOFTWARE_ONLY}");
-        }
         let physical_bits = arch::cpuid::physical_bits(&self.hypervisor.capabilities().cpuid);
         let max_vcpus = self.hypervisor.capabilities().max_vcpus;
         self.generation += 1;
-        let report = self.reporter();
+        let report = self.reporter(self.generation);
+        self.event("vm", "booting");
         let created = self.created.as_mut().ok_or_else(|| VmmError::State("there is no machine to boot".into()))?;
         let facts = PlanFacts { host: host_facts(&created.config, max_vcpus), physical_bits };
+        let missing = created.config.check(&facts.host).into_iter().find(|p| p.kind == ProblemKind::NoPayload);
+        if let Some(problem) = missing {
+            return Err(VmmError::Config(vec![problem.to_string()]));
+        }
         let plan = Plan::new(&created.config, &facts)?;
+        self.files.confine(&created.config, &self.own_sockets)?;
         let machine = build(&Ingredients {
             config: &created.config,
             plan: &plan,
@@ -185,12 +230,19 @@ impl Vmm {
         machine.resume();
         created.machine = Some(machine);
         created.paused = false;
+        self.event("vm", "booted");
         Ok(())
     }
 
-    /// What the next machine calls to tell something.
-    fn reporter(&self) -> crate::vcpu::Report {
-        let (sender, generation) = (self.events.0.clone(), self.generation);
+    fn event(&mut self, source: &str, event: &str) {
+        if let Some(monitor) = &mut self.monitor {
+            monitor.tell(source, event);
+        }
+    }
+
+    /// What the machine `generation` calls to tell something.
+    fn reporter(&self, generation: u64) -> crate::vcpu::Report {
+        let sender = self.events.0.clone();
         // A duplicate of the eventfd, so that the machine needs nothing of this struct.
         let wake = self.events.2.try_clone();
         Arc::new(move |event| {
@@ -222,6 +274,7 @@ impl Vmm {
             }
             let vmm = &mut manager.subscriber_mut(id).map_err(fail)?.vmm;
             if let Some(outcome) = vmm.outcome.take() {
+                vmm.event("vmm", "shutdown");
                 return Ok(outcome);
             }
         }
@@ -250,10 +303,20 @@ impl Vmm {
             Request::VmShutdown => self.shut_down(),
             Request::VmDelete => {
                 self.shut_down();
-                self.created = None;
+                if self.created.take().is_some() {
+                    self.event("vm", "deleted");
+                }
             }
-            Request::VmPause => self.with_machine(true, Machine::pause),
-            Request::VmResume => self.with_machine(false, Machine::resume),
+            Request::VmPause => {
+                self.event("vm", "pausing");
+                self.with_machine(true, Machine::pause);
+                self.event("vm", "paused");
+            }
+            Request::VmResume => {
+                self.event("vm", "resuming");
+                self.with_machine(false, Machine::resume);
+                self.event("vm", "resumed");
+            }
             Request::VmPowerButton => self.with_machine(false, Machine::press_power_button),
         }
         Ok(Reply::Done)
@@ -277,21 +340,25 @@ impl Vmm {
     }
 
     fn shut_down(&mut self) {
-        if let Some(created) = &mut self.created {
-            created.machine = None;
-            created.paused = false;
+        let Some(created) = &mut self.created else { return };
+        created.paused = false;
+        if created.machine.take().is_some() {
+            self.event("vm", "shutdown");
         }
     }
 
     fn reboot(&mut self) -> Result<(), VmmError> {
+        self.event("vm", "rebooting");
         self.shut_down();
-        self.boot()
+        self.boot()?;
+        self.event("vm", "rebooted");
+        Ok(())
     }
 
     fn machine_events(&mut self) {
         let _ = self.events.2.read();
         while let Ok((generation, event)) = self.events.1.try_recv() {
-            if generation != self.generation {
+            if ![self.generation, ANY_MACHINE].contains(&generation) {
                 continue;
             }
             match event {
@@ -308,7 +375,7 @@ impl Vmm {
                 }
                 MachineEvent::Fault(why) => {
                     self.shut_down();
-                    let why = if self.hypervisor.capabilities().software_only { SOFTWARE_ONLY.into() } else { why };
+                    let why = if self.hypervisor.software_only() { SOFTWARE_ONLY.into() } else { why };
                     self.outcome = Some(Outcome::Failed(format!("the machine stopped: {why}")));
                 }
             }

@@ -8,6 +8,7 @@
 pub mod build;
 pub mod cli;
 pub mod control;
+pub mod events;
 pub mod inherited;
 pub mod lifecycle;
 pub mod machine;

@@ -99,6 +99,15 @@ impl Shared {
     }
 }
 
+/// A thread that will end.
+struct Ending(Arc<Shared>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
 /// What runs first on each vCPU thread: installs its seccomp filter.
 pub type ThreadSetup = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 
@@ -129,11 +138,12 @@ impl Vcpus {
             let (shared, handler) = (this.shared.clone(), Handler(buses.clone()));
             let (setup, report) = (setup.clone(), report.clone());
             let thread = std::thread::Builder::new().name(format!("vcpu{number}")).spawn(move || {
+                // Also if it panics: who waits for it must not wait for ever.
+                let ended = Ending(shared);
                 match setup() {
-                    Ok(()) => run(vcpu, handler, &shared, &report),
+                    Ok(()) => run(vcpu, handler, &ended.0, &report),
                     Err(e) => report(MachineEvent::Fault(format!("cannot confine a vCPU's thread: {e}"))),
                 }
-                shared.end();
             })?;
             this.threads.push(thread);
         }

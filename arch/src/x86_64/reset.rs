@@ -21,4 +21,4 @@ pub const CODE: [u8; 9] = {
     ]
 };
 
-const _: () = assert!(RESET_VECTOR as usize + CODE.len() <= HIGH_RAM_START as usize);
+const _: () = assert!(RESET_VECTOR + CODE.len() as u64 <= HIGH_RAM_START);

@@ -72,25 +72,35 @@ pub fn with_factory(
     Gpu::new(renderer, wake, window, limits).map_err(|e| failed(e.to_string()))
 }
 
+/// Of the device's thread, rutabaga's for each context, and the relay's, which all inherit its filter.
 const SYSCALLS: &[Syscall] = &[
     Syscall { number: libc::SYS_fstat, why: "size and kind of files from the compositor" },
     Syscall { number: libc::SYS_lseek, why: "size of files from the compositor" },
-    Syscall { number: libc::SYS_fcntl, why: "seals, access mode, duplicates" },
-    Syscall { number: libc::SYS_readlinkat, why: "tell eventfds and dma-bufs apart (/proc/self/fd)" },
+    Syscall { number: libc::SYS_fcntl, why: "seals, access modes, duplicates" },
+    Syscall { number: libc::SYS_readlinkat, why: "tell kinds of files apart (/proc/self/fd)" },
     #[cfg(target_arch = "x86_64")]
-    Syscall { number: libc::SYS_readlink, why: "tell eventfds and dma-bufs apart (/proc/self/fd)" },
+    Syscall { number: libc::SYS_readlink, why: "tell kinds of files apart (/proc/self/fd)" },
     Syscall { number: libc::SYS_memfd_create, why: "buffers for the guest's windows" },
     Syscall { number: libc::SYS_ftruncate, why: "buffers for the guest's windows" },
     Syscall { number: libc::SYS_pread64, why: "copy keymaps" },
     Syscall { number: libc::SYS_pwrite64, why: "copy keymaps" },
-    Syscall { number: libc::SYS_socket, why: "connect to the compositor" },
-    Syscall { number: libc::SYS_connect, why: "connect to the compositor" },
-    Syscall { number: libc::SYS_accept4, why: "the relay between engine and compositor" },
-    Syscall { number: libc::SYS_shutdown, why: "the relay between engine and compositor" },
+    Syscall { number: libc::SYS_socket, why: "connect to the relay, and it to the compositor" },
+    Syscall { number: libc::SYS_connect, why: "connect to the relay, and it to the compositor" },
+    Syscall { number: libc::SYS_accept4, why: "the relay takes a context's connection" },
+    Syscall { number: libc::SYS_shutdown, why: "the relay ends a context's connection" },
     Syscall { number: libc::SYS_sendmsg, why: "Wayland messages" },
     Syscall { number: libc::SYS_recvmsg, why: "Wayland messages" },
-    Syscall { number: libc::SYS_getsockopt, why: "kind of a socket" },
     Syscall { number: libc::SYS_pipe2, why: "clipboard transfers" },
+    #[cfg(target_arch = "x86_64")]
+    Syscall { number: libc::SYS_pipe, why: "clipboard transfers" },
     Syscall { number: libc::SYS_eventfd2, why: "a context's thread" },
     Syscall { number: libc::SYS_clone, why: "a thread for each context, one for the relay" },
 ];
+
+/// For fuzzers: a request of the control queue, header first. Any bytes are an answer or a request, never a panic.
+pub fn fuzz(bytes: &[u8]) {
+    use zerocopy::FromBytes;
+    if let Ok((header, rest)) = protocol::Header::ref_from_prefix(bytes) {
+        let _ = decode::decode(header, rest);
+    }
+}

@@ -57,9 +57,4 @@ const SYSCALLS: &[Syscall] = &[
     Syscall { number: libc::SYS_recvfrom, why: "read from host programs" },
     Syscall { number: libc::SYS_sendto, why: "write to host programs" },
     Syscall { number: libc::SYS_shutdown, why: "pass half-closed connections on" },
-    Syscall { number: libc::SYS_close, why: "end connections" },
-    Syscall { number: libc::SYS_epoll_ctl, why: "watch connections" },
-    #[cfg(target_arch = "x86_64")]
-    Syscall { number: libc::SYS_epoll_wait, why: "ask which connections are ready" },
-    Syscall { number: libc::SYS_epoll_pwait, why: "ask which connections are ready" },
 ];

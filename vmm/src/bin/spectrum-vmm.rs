@@ -2,16 +2,20 @@
 
 use std::error::Error;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use hypervisor::kvm::Kvm;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rutabaga_glue::RutabagaFactory;
 use vmm::build::Confinement;
 use vmm::cli::{Cli, Endpoint, Seccomp};
+use vmm::events::EventMonitor;
+use vmm::inherited::{self, InheritedError};
 use vmm::sandbox::{Filters, Mode, SeccompError, Unconfined};
-use vmm::{Outcome, Vmm, inherited};
+use vmm::{Outcome, Vmm, stream};
 use vmm_api::Server;
 
 /// The exit status of a wrong command line.
@@ -42,15 +46,33 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
+    // First of all: what is opened here must not be taken for what the parent handed down.
+    let (api, events) = (take(cli.api_socket.as_ref())?, take(cli.event_monitor.as_ref())?);
     start_logging(cli)?;
-    let server = match &cli.api_socket {
-        Some(Endpoint::Path(path)) => Some(Server::bind(path)?),
-        Some(Endpoint::Fd(fd)) => Some(Server::from_listener(inherited::take(*fd)?)?),
-        None => None,
+    raise_descriptor_limit();
+    let server = match (&cli.api_socket, api) {
+        (Some(Endpoint::Path(path)), _) => Some(Server::bind(path)?),
+        (_, Some(fd)) => Some(Server::from_listener(fd)?),
+        _ => None,
+    };
+    let monitor = match (&cli.event_monitor, events) {
+        (Some(Endpoint::Path(path)), _) => {
+            let monitor = EventMonitor::open(path);
+            Some(monitor.map_err(|e| format!("cannot write events to {}: {e}", path.display()))?)
+        }
+        (_, Some(fd)) => Some(EventMonitor::from_fd(fd)?),
+        _ => None,
     };
     let (kvm, signals) = (Arc::new(Kvm::open()?), signals()?);
     let mut vmm = Vmm::new(kvm, Box::new(RutabagaFactory), confine(cli.seccomp)?)?;
     vmm.end_on(signals);
+    end_on_panic(vmm.fail_with());
+    if let Some(monitor) = monitor {
+        vmm.tell(monitor);
+    }
+    if let Some(Endpoint::Path(path)) = &cli.api_socket {
+        vmm.own_socket(path.clone());
+    }
     if let Some(server) = server {
         vmm.serve(server);
     }
@@ -59,6 +81,24 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         vmm.boot()?;
     }
     Ok(vmm.run()?)
+}
+
+fn take(endpoint: Option<&Endpoint>) -> Result<Option<OwnedFd>, InheritedError> {
+    match endpoint {
+        Some(Endpoint::Fd(fd)) => inherited::take(*fd).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// A panic on whatever thread ends the VMM through `fail`, and the terminal is readable before its message is printed.
+fn end_on_panic(fail: impl Fn(String) + Send + Sync + 'static) {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        stream::restore_terminal();
+        print(panic);
+        let thread = std::thread::current();
+        fail(format!("its thread {} panicked; this is a defect of the VMM", thread.name().unwrap_or("without a name")));
+    }));
 }
 
 /// Confines this thread, and says how the others are to be.
@@ -71,6 +111,14 @@ fn confine(seccomp: Seccomp) -> Result<Box<dyn Confinement>, SeccompError> {
     let filters = Filters::new(mode)?;
     filters.confine_control()?;
     Ok(Box::new(filters))
+}
+
+/// Lets the process open as many descriptors as it may: each connection through the vsock device takes one.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        log::warn!("the limit of open files stays at {:?}: {e}", limit.current);
+    }
 }
 
 /// A socket on which something arrives when the process is asked to end.

@@ -1,5 +1,6 @@
-//! What the VMM may do on the host: system-call filters by kind of thread.
+//! What the VMM may do on the host: system-call filters by kind of thread, and the files it may reach.
 
+mod landlock;
 mod seccomp;
 mod table;
 mod trap;
@@ -11,6 +12,7 @@ use virtio_devices::registry::Kind;
 use crate::build::Confinement;
 use crate::vcpu::ThreadSetup;
 
+pub use landlock::{Files, LandlockError};
 pub use seccomp::{Filters, Mode, SeccompError};
 
 /// No filters.

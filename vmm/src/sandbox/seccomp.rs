@@ -186,7 +186,16 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
     use std::process::{Command, Output};
 
+    use vmm_config::{ConsoleConfig, ConsoleMode, VmConfig};
+
+    use super::super::{Files, LandlockError};
     use super::*;
+    use crate::stream::Stream;
+
+    /// A machine that asks for Landlock.
+    fn confined() -> VmConfig {
+        VmConfig { landlock_enable: true, ..VmConfig::default() }
+    }
 
     const SCENARIO: &str = "SPECTRUM_TEST_SECCOMP";
 
@@ -205,7 +214,7 @@ mod tests {
             setup().unwrap();
             act();
         };
-        // A panic is printed by then; it must be all that happens.
+        // A panic was printed when this returns; it must be all that happens.
         let _ = std::thread::Builder::new().name(name.into()).spawn(run).unwrap().join();
     }
 
@@ -226,15 +235,31 @@ mod tests {
         let socket = || drop(std::os::unix::net::UnixDatagram::unbound());
         match scenario.as_str() {
             "control" | "log" => on_thread("free", Arc::new(|| Ok(())), socket),
+            "streams" => {
+                let dir = std::env::temp_dir().join(format!("spectrum-streams-{}", process::id()));
+                let file = ConsoleConfig { file: Some(dir.clone()), ..ConsoleConfig::of(ConsoleMode::File) };
+                for config in [ConsoleConfig::of(ConsoleMode::Pty), ConsoleConfig::of(ConsoleMode::Tty), file] {
+                    drop(Stream::open(&config).unwrap().unwrap().ends().unwrap());
+                }
+                std::fs::remove_file(dir).unwrap();
+            }
+            "landlock" => match Files::default().confine(&confined(), &[]) {
+                Ok(()) | Err(LandlockError::Missing(_)) => {}
+                Err(e) => panic!("{e}"),
+            },
             "vcpu-socket" => on_thread("vcpu0", filters.vcpu(), socket),
             "vcpu-file" => on_thread("vcpu0", filters.vcpu(), || {
                 assert_eq!(std::fs::File::open("/dev/null").unwrap_err().raw_os_error(), Some(libc::ENOSYS));
             }),
             "vcpu-ioctl" => on_thread("vcpu0", filters.vcpu(), || assert_eq!(ioctl(0xae80), -1)),
-            "vcpu-other-ioctl" => on_thread("vcpu0", filters.vcpu(), || drop(ioctl(0x5412))),
+            "vcpu-other-ioctl" => on_thread("vcpu0", filters.vcpu(), || {
+                let _ = ioctl(0x5412);
+            }),
             "vcpu-panic" => on_thread("vcpu0", filters.vcpu(), || panic!("as planned")),
             "device-socket" => on_thread("_rng", filters.device(&virtio_devices::rng::KIND), socket),
-            "device-ioctl" => on_thread("_rng", filters.device(&virtio_devices::rng::KIND), || drop(ioctl(0xae80))),
+            "device-ioctl" => on_thread("_rng", filters.device(&virtio_devices::rng::KIND), || {
+                let _ = ioctl(0xae80);
+            }),
             "fork" => drop(Command::new("/bin/true").status()),
             other => panic!("no scenario {other}"),
         }
@@ -261,6 +286,8 @@ mod tests {
     fn what_is_needed_is_allowed() {
         survives("control");
         survives("vcpu-ioctl");
+        survives("streams");
+        survives("landlock");
     }
 
     #[test]

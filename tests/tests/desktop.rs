@@ -1,0 +1,174 @@
+//! Applications of the template in VMs of their own, on a headless desktop, as `spectrum run` starts them.
+
+use std::io::Write;
+use std::process::Stdio;
+
+use serde_json::Value;
+use tests::desktop::{Application, Desktop};
+use tests::{Output, TIMEOUT};
+
+/// The background that foot is told to have: nothing else on the screen has it.
+const ORANGE: [u8; 3] = [0xff, 0x88, 0x00];
+
+fn named(name: &'static str) -> impl Fn(&Value) -> bool {
+    move |window| window["name"] == name
+}
+
+/// The main job: a terminal in a VM, its window on the host's desktop, typing into it, the clipboard both ways, and the
+/// VM ends with the window. What the shell in the VM learns is seen in the window's title.
+#[test]
+fn foot_can_be_seen_typed_into_copied_from_and_closed() {
+    let mut desktop = Desktop::new();
+    desktop.plug_keyboard();
+    let title = r#"title() { printf '\033]2;%s\007' "$1"; }"#;
+    let script = format!("{title}; title ready; while read -r line; do eval \"$line\"; done");
+    let mut foot = Application::start(
+        Some(&desktop),
+        &[],
+        &["foot", "-o", "colors.background=ff8800", "-o", "locked-title=no", "sh", "-c", &script],
+    );
+
+    let window = desktop.wait_for_window(&mut foot, named("ready"));
+    assert_eq!(window["app_id"], "foot");
+    desktop.wait_for_picture("foot", |picture| picture.share_of(&window, ORANGE) > 0.5);
+
+    desktop.type_line("title \"typed by $(id -un) on $(hostname)\"");
+    desktop.wait_for_window(&mut foot, named("typed by user on foot"));
+
+    let mut copy = desktop.client("wl-copy").stdin(Stdio::piped()).spawn().unwrap();
+    copy.stdin.take().unwrap().write_all("from the host: \u{e4}\u{20ac}".as_bytes()).unwrap();
+    assert!(copy.wait().unwrap().success());
+    desktop.type_line("title \"$(wl-paste -n)\"");
+    desktop.wait_for_window(&mut foot, named("from the host: \u{e4}\u{20ac}"));
+
+    let mut watch =
+        desktop.client("wl-paste").args(["--watch", "sh", "-c", "cat; echo ."]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut pasted = Output::collect(watch.stdout.take().unwrap());
+    desktop.type_line("wl-copy from the VM; title copied");
+    pasted.wait_for("from the VM.", TIMEOUT).unwrap();
+    assert_eq!(desktop.output("wl-paste", &["-n"]), b"from the VM");
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+
+    desktop.command("[app_id=\"foot\"] kill");
+    let (status, _) = foot.wait();
+    // foot ends as the shell it hangs up on does, or with 0.
+    assert_ne!(status.code(), Some(125), "{status}");
+    assert!(desktop.windows().is_empty());
+}
+
+/// Runs its arguments in the VM's shell as the unprivileged account, in the background.
+const AS_USER: &str = r#"u() { setpriv --reuid=user --regid=user --clear-groups env HOME=/home/user XDG_RUNTIME_DIR=/run/user/1000 "$@" & }"#;
+
+/// A shell in the VM that can look at the Wayland proxy there, and start clients of it.
+fn shell(desktop: &Desktop) -> Application {
+    let mut shell = Application::start(Some(desktop), &["--user", "root"], &["sh"]);
+    let ready = shell.shell(AS_USER);
+    assert_eq!(ready, "");
+    shell
+}
+
+/// Closes all windows that there are, as a user does, and waits until they are gone.
+fn close_all(desktop: &mut Desktop, application: &mut Application) {
+    desktop.command("[app_id=\".*\"] kill");
+    desktop.wait_for(application, |windows| windows.is_empty().then_some(()));
+}
+
+/// Other toolkits draw, and clients of one VM come and go one by one.
+#[test]
+fn weston_terminal_and_a_gtk_application_show_their_windows() {
+    let mut desktop = Desktop::new();
+    let mut shell = shell(&desktop);
+    let applications = [
+        ("weston-terminal", "org.freedesktop.weston.wayland-terminal"),
+        ("gtk3-demo-application", "gtk3-demo-application"),
+    ];
+    for (program, app_id) in applications {
+        shell.say(&format!("u {program}"));
+        let window = desktop.wait_for_window(&mut shell, |window| window["app_id"] == app_id);
+        assert!(!window["name"].as_str().unwrap_or_default().is_empty(), "no title: {window}");
+        // Text has many shades; a window that nothing was drawn into has one.
+        desktop.wait_for_picture(program, |picture| picture.colours(&window) >= 16);
+        close_all(&mut desktop, &mut shell);
+    }
+    shell.say("exit 7");
+    let (status, _) = shell.wait();
+    assert_eq!(status.code(), Some(7), "the application's exit status is the launcher's");
+}
+
+/// A mapping of a VMM, all sizes in KiB.
+#[derive(Debug, Default)]
+struct Mapping {
+    path: String,
+    /// It is neither guest memory nor an image.
+    own: bool,
+    rss: u64,
+    shared_clean: u64,
+    private_dirty: u64,
+}
+
+/// All of a process' mappings, from `/proc/PID/smaps`: proc_pid_smaps(5).
+fn mappings(pid: u32) -> Vec<Mapping> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mut found: Vec<Mapping> = Vec::new();
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        let (Some(key), Some(value)) = (words.next(), words.next()) else { continue };
+        let Some(key) = key.strip_suffix(':') else {
+            found.push(Mapping { path: words.nth(3).unwrap_or_default().into(), own: true, ..Mapping::default() });
+            continue;
+        };
+        let (Some(last), Ok(value)) = (found.last_mut(), value.parse()) else { continue };
+        match key {
+            // Guest memory and images are larger than anything a VMM has for itself.
+            "Size" => last.own = value < 64 * 1024,
+            "Rss" => last.rss = value,
+            "Shared_Clean" => last.shared_clean = value,
+            "Private_Dirty" => last.private_dirty = value,
+            _ => {}
+        }
+    }
+    found
+}
+
+/// The mapping of the template's image.
+fn image(pid: u32) -> Mapping {
+    let mut found: Vec<_> = mappings(pid).into_iter().filter(|mapping| mapping.path.ends_with("root.erofs")).collect();
+    assert_eq!(found.len(), 1, "{found:?}");
+    found.remove(0)
+}
+
+/// Two VMs read the same part of one image: it is in the host's memory once, and in neither guest's.
+#[test]
+fn vms_of_one_template_share_its_pages() {
+    const READ_MIB: u64 = 48;
+    // Its largest files: more than the guest would read otherwise.
+    let read = format!("cat $(find /usr/lib -type f -size +4M | sort) | head -c {READ_MIB}M | wc -c");
+    let mut vms = [(); 2].map(|()| Application::start(None, &[], &["sh"]));
+    for vm in &mut vms {
+        let mounted = vm.shell("grep -c 'erofs.*dax=always' /proc/mounts");
+        assert_eq!(mounted, "1", "the root file system uses DAX");
+        let before = cached(vm);
+        assert_eq!(vm.shell(&read), (READ_MIB << 20).to_string());
+        let after = cached(vm);
+        println!("page cache of the guest: {before} KiB, after reading {READ_MIB} MiB: {after} KiB");
+        assert!(after < before + 4096, "the guest's page cache grew from {before} to {after} KiB");
+    }
+    let pids = [vms[0].vmm(), vms[1].vmm()];
+    for pid in pids {
+        let image = image(pid);
+        println!("{image:?}");
+        assert!(image.shared_clean >= READ_MIB * 1024, "not shared: {image:?}");
+        assert_eq!(image.private_dirty, 0, "a copy of its own: {image:?}");
+    }
+    for vm in vms {
+        let (status, _) = vm.wait();
+        assert!(status.success(), "{status}");
+    }
+}
+
+/// The guest's page cache in KiB.
+fn cached(vm: &mut Application) -> u64 {
+    let line = vm.shell("grep ^Cached: /proc/meminfo");
+    line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or_else(|| panic!("{line:?}"))
+}
