@@ -35,6 +35,21 @@ const COUNTER: &[u8] = &[
     0xeb, 0xce,                         // jmp next
 ];
 
+/// Jumps to where there is neither RAM nor a device, which no KVM can carry out.
+#[rustfmt::skip]
+const LOST: &[u8] = &[
+    0xb8, 0, 0, 0, 0xd0,                // mov eax, 0xd0000000
+    0xff, 0xe0,                         // jmp eax
+];
+
+/// Writes a kernel that cannot go on to `path`.
+///
+/// # Panics
+/// If that fails.
+pub fn write_lost(path: &Path) {
+    std::fs::write(path, elf(LOST)).expect("the kernel can be written");
+}
+
 /// Writes the kernel to `path`.
 ///
 /// # Panics

@@ -135,6 +135,8 @@ pub(super) const CONTROL: &[Rule] = &[
     ioctl!(0x12, 0x68, "BLKSSZGET: sector size of a block device"),
     ioctl!(0x12, 0x7b, "BLKPBSZGET: physical sector size of a block device"),
     always(libc::SYS_openat, "kernel, images, streams"),
+    #[cfg(target_arch = "x86_64")]
+    always(libc::SYS_open, "the multiplexer of pseudo-terminals"),
     always(libc::SYS_getdents64, "clear the folder of the graphics relay's socket"),
     always(libc::SYS_mkdirat, "the folder of the graphics relay's socket"),
     always(libc::SYS_fstat, "kind and size of files"),
