@@ -13,6 +13,7 @@ pub mod inherited;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub mod panics;
 pub mod plan;
 pub mod sandbox;
 pub mod stream;

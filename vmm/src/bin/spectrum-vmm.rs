@@ -15,7 +15,7 @@ use vmm::cli::{Cli, Endpoint, Seccomp};
 use vmm::events::EventMonitor;
 use vmm::inherited::{self, InheritedError};
 use vmm::sandbox::{Filters, Mode, SeccompError, Unconfined};
-use vmm::{Outcome, Vmm, stream};
+use vmm::{Outcome, Vmm, panics};
 use vmm_api::Server;
 
 /// The exit status of a wrong command line.
@@ -66,7 +66,7 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
     let (kvm, signals) = (Arc::new(Kvm::open()?), signals()?);
     let mut vmm = Vmm::new(kvm, Box::new(RutabagaFactory), confine(cli.seccomp)?)?;
     vmm.end_on(signals);
-    end_on_panic(vmm.fail_with());
+    panics::end_with(vmm.fail_with());
     if let Some(monitor) = monitor {
         vmm.tell(monitor);
     }
@@ -88,17 +88,6 @@ fn take(endpoint: Option<&Endpoint>) -> Result<Option<OwnedFd>, InheritedError> 
         Some(Endpoint::Fd(fd)) => inherited::take(*fd).map(Some),
         _ => Ok(None),
     }
-}
-
-/// A panic on whatever thread ends the VMM through `fail`, and the terminal is readable before its message is printed.
-fn end_on_panic(fail: impl Fn(String) + Send + Sync + 'static) {
-    let print = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        stream::restore_terminal();
-        print(panic);
-        let thread = std::thread::current();
-        fail(format!("its thread {} panicked; this is a defect of the VMM", thread.name().unwrap_or("without a name")));
-    }));
 }
 
 /// Confines this thread, and says how the others are to be.
