@@ -1,2 +1,4 @@
+//! A hostile driver of the pmem device.
 #![no_main]
+
 spectrum_fuzz::device_target!(pmem);

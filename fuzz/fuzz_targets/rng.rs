@@ -1,2 +1,4 @@
+//! A hostile driver of the rng device.
 #![no_main]
+
 spectrum_fuzz::device_target!(rng);

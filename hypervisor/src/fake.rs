@@ -45,7 +45,7 @@ impl FakeHypervisor {
     /// A hypervisor for up to 8 vCPUs.
     #[must_use]
     pub fn new(script: Vec<Step>) -> Self {
-        let capabilities = Capabilities { max_vcpus: 8, cpuid: Vec::new(), software_only: false };
+        let capabilities = Capabilities { max_vcpus: 8, cpuid: Vec::new() };
         Self { capabilities, script, log: Arc::default() }
     }
 }
@@ -57,6 +57,10 @@ fn note(log: &Mutex<Log>, change: impl FnOnce(&mut Log)) {
 impl Hypervisor for FakeHypervisor {
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn software_only(&self) -> bool {
+        false
     }
 
     fn create_vm(&self) -> Result<Arc<dyn Vm>, Error> {

@@ -60,8 +60,6 @@ pub struct Capabilities {
     pub max_vcpus: u32,
     /// CPUID leaves a guest may see.
     pub cpuid: Vec<CpuidEntry>,
-    /// KVM works without hardware virtualisation: unmodified kernels do not run.
-    pub software_only: bool,
 }
 
 /// A range of guest physical memory and the host memory behind it.
@@ -96,6 +94,10 @@ pub struct VcpuSetup {
 pub trait Hypervisor: Send + Sync {
     /// What the host offers.
     fn capabilities(&self) -> &Capabilities;
+
+    /// Whether it works without hardware virtualisation, where unmodified kernels do not run. Asked only when a guest has
+    /// failed: finding out takes time.
+    fn software_only(&self) -> bool;
 
     /// Makes an empty machine.
     ///

@@ -8,7 +8,7 @@
 //! Fences: at most one fence of a context's channel is with rutabaga. The event it brings goes to the oldest waiting
 //! fence of the guest; when none waits (the machine was paused meanwhile), to the next that comes.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,17 +25,14 @@ use virtio_devices::gpu::protocol::MemEntry;
 use virtio_devices::gpu::{
     Blob, BlobSource, Capset, Channel, Fence, Renderer, RendererArgs, RendererError, Timeline, Wake,
 };
-use vm_memory::{Bytes, GuestAddress, MmapRegion, VolatileMemory};
-use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+use vm_memory::{GuestAddress, MmapRegion};
+use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, IntoBytes};
 
+use crate::context::{Context, RING, Requirements, Ring, end_event, publish};
 use crate::relay::{Bounds, Relay};
-use crate::validate::{
-    CHANNEL_NONE, Command, Header, ID_BLOB, ID_WRITE_PIPE, Image, Init, Message, PipeData, cmd, validate,
-};
+use crate::validate::{CHANNEL_NONE, Command, Header, Image, Init, cmd, validate};
 
-/// A ring is one page.
-const RING: usize = 4096;
 /// Ring on which contexts get answers.
 const QUERY_RING: u8 = 0;
 /// Ring on which contexts get events.
@@ -64,67 +61,6 @@ impl Default for Limits {
     fn default() -> Self {
         Self { images: 4096, total_images: 1 << 16, unused_files: 256, read_pipes: 64, bounds: Bounds::default() }
     }
-}
-
-/// The answer to GET_IMAGE_REQUIREMENTS.
-#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct Requirements {
-    layout: [U32; 8],
-    modifier: U64,
-    size: U64,
-    blob_id: U32,
-    map_info: U32,
-    devices: [U32; 2],
-}
-
-/// A page lent to rutabaga, and the page of the guest it stands for.
-struct Ring {
-    page: MmapRegion<()>,
-    guest: GuestAddress,
-    /// Its number in rutabaga: the guest may forget its resource and use the number again.
-    id: u32,
-}
-
-impl Ring {
-    fn read(&self) -> Result<[u8; RING], RendererError> {
-        let mut bytes = [0; RING];
-        let slice = self.page.get_slice(0, RING).map_err(|e| RendererError::Failed(e.to_string()))?;
-        slice.copy_to(&mut bytes);
-        Ok(bytes)
-    }
-}
-
-/// Writes into a ring of the guest. If it is no memory any more, the guest does not hear of it.
-fn publish(mem: &Memory, to: GuestAddress, bytes: &[u8]) {
-    if let Err(e) = mem.write_slice(bytes, to) {
-        log::debug!("a ring of the guest is not in its memory: {e}");
-    }
-}
-
-#[derive(Default)]
-struct Context {
-    attached: BTreeSet<u32>,
-    query: Option<Ring>,
-    /// The ring for events, of a connected context.
-    channel: Option<Ring>,
-    /// INIT was tried: rutabaga allows it once.
-    initialised: bool,
-    /// A fence is with rutabaga.
-    armed: bool,
-    /// The ring has an event that no fence has announced.
-    ripe: bool,
-    /// Nothing more is read from the host: the guest has left too many files unused.
-    ended: bool,
-    waiting: VecDeque<u64>,
-    images: HashMap<Image, Requirements>,
-    image_ids: HashSet<u32>,
-    /// Blobs received and not made resources of.
-    blobs: BTreeSet<u32>,
-    write_pipes: BTreeSet<u32>,
-    /// The number of the pipe made last; nothing if it is not known any more.
-    last_pipe: Option<u32>,
-    read_pipes: usize,
 }
 
 enum Resource {
@@ -388,41 +324,8 @@ impl Engine {
     }
 }
 
-impl Context {
-    /// Remembers what an event tells the guest it may use.
-    fn learn(&mut self, event: &[u8]) {
-        match event.first() {
-            Some(&cmd::RECEIVE) => {
-                let Ok((message, _)) = Message::ref_from_prefix(event) else { return };
-                let count = usize::try_from(message.num_identifiers.get()).unwrap_or(usize::MAX);
-                for (identifier, kind) in message.identifiers.iter().zip(&message.types).take(count) {
-                    match kind.get() {
-                        ID_BLOB => drop(self.blobs.insert(identifier.get())),
-                        ID_WRITE_PIPE => drop(self.write_pipes.insert(identifier.get())),
-                        _ => {}
-                    }
-                }
-            }
-            Some(&cmd::READ) => {
-                let ended = PipeData::ref_from_prefix(event).is_ok_and(|(data, _)| data.hang_up.get() != 0);
-                self.read_pipes = self.read_pipes.saturating_sub(usize::from(ended));
-            }
-            _ => {}
-        }
-    }
-}
-
 fn channel_fence(context: u32, id: u64) -> Fence {
     Fence { timeline: Timeline::Ring { context, ring: CHANNEL_RING }, id }
-}
-
-/// A received message of no bytes: the end of the connection.
-fn end_event() -> [u8; size_of::<Message>()] {
-    let mut event = [0; size_of::<Message>()];
-    if let Some(first) = event.first_mut() {
-        *first = cmd::RECEIVE;
-    }
-    event
 }
 
 /// What rutabaga calls on its threads, and on ours inside `create_fence` and when a context is destroyed.

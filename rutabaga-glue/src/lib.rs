@@ -14,7 +14,9 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unreachable)
 )]
 
+mod context;
 mod engine;
+mod flow;
 mod relay;
 #[cfg(test)]
 mod tests;
@@ -62,8 +64,8 @@ fn check_proc(eventfd: &str) -> Result<(), String> {
     }
 }
 
-/// For fuzzers: the device and the validator must survive any bytes. `bytes` is a command stream and, after its first
-/// byte, what a driver does.
+/// For fuzzers: `bytes` as a request of the control queue, and as a command stream of a context.
 pub fn fuzz(bytes: &[u8]) {
+    virtio_devices::gpu::fuzz(bytes);
     let _ = validate::validate(bytes);
 }

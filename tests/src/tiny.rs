@@ -35,12 +35,59 @@ const COUNTER: &[u8] = &[
     0xeb, 0xce,                         // jmp next
 ];
 
+/// Jumps to where there is neither RAM nor a device, which no KVM can carry out.
+#[rustfmt::skip]
+const LOST: &[u8] = &[
+    0xb8, 0, 0, 0, 0xd0,                // mov eax, 0xd0000000
+    0xff, 0xe0,                         // jmp eax
+];
+
+/// Writes a kernel that cannot go on to `path`.
+///
+/// # Panics
+/// If that fails.
+pub fn write_lost(path: &Path) {
+    std::fs::write(path, elf(LOST)).expect("the kernel can be written");
+}
+
 /// Writes the kernel to `path`.
 ///
 /// # Panics
 /// If that fails.
 pub fn write_counter(path: &Path) {
     std::fs::write(path, elf(COUNTER)).expect("the kernel can be written");
+}
+
+/// Prints one byte and halts for ever: nothing after the first instructions costs time.
+#[rustfmt::skip]
+const ONE_BYTE: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03,             // mov dx, 0x3f8
+    0xb0, b'!', 0xee,                   // mov al, '!'; out dx, al
+    0xfa,                               // cli
+    0xf4, 0xeb, 0xfd,                   // halt: hlt; jmp halt
+];
+
+/// Jumps to where no memory is: KVM cannot emulate that, as it cannot much of a kernel without the CPU's help.
+#[rustfmt::skip]
+const WILD_JUMP: &[u8] = &[
+    0xb8, 0, 0, 0, 0xd0,                // mov eax, 0xd0000000
+    0xff, 0xe0,                         // jmp eax
+];
+
+/// Writes the kernel that KVM cannot run to `path`.
+///
+/// # Panics
+/// If that fails.
+pub fn write_wild_jump(path: &Path) {
+    std::fs::write(path, elf(WILD_JUMP)).expect("the kernel can be written");
+}
+
+/// Writes the kernel that prints one byte to `path`.
+///
+/// # Panics
+/// If that fails.
+pub fn write_one_byte(path: &Path) {
+    std::fs::write(path, elf(ONE_BYTE)).expect("the kernel can be written");
 }
 
 /// The number in a line of the counter's.

@@ -266,6 +266,12 @@ impl Vmm {
         self.output.text()
     }
 
+    /// Its standard error so far: its log.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.errors.text()
+    }
+
     /// Waits for a line of the guest's that contains `text`, behind the one found last; returns it.
     ///
     /// # Panics

@@ -39,7 +39,7 @@ fn a_reboot_starts_the_machine_again_in_the_same_process() {
     std::fs::write(&image, vec![0; 2 << 20]).unwrap();
     let mut vmm = command.arg("--pmem", format!("file={}", image.display())).spawn();
     vmm.wait_for("probe: reboot-once: restarting");
-    vmm.wait_for("probe: reboot-once: boot 2");
+    vmm.wait_for("probe: reboot-once=/dev/pmem0: boot 2");
     vmm.wait_for("probe: done");
     let ended = vmm.wait_here();
     ended.assert_success();

@@ -204,9 +204,6 @@ impl Vmm {
     /// # Errors
     /// If there is none, or it cannot be built.
     pub fn boot(&mut self) -> Result<(), VmmError> {
-        if self.hypervisor.capabilities().software_only {
-            log::info!("{SOFTWARE_ONLY}");
-        }
         let physical_bits = arch::cpuid::physical_bits(&self.hypervisor.capabilities().cpuid);
         let max_vcpus = self.hypervisor.capabilities().max_vcpus;
         self.generation += 1;
@@ -378,7 +375,7 @@ impl Vmm {
                 }
                 MachineEvent::Fault(why) => {
                     self.shut_down();
-                    let why = if self.hypervisor.capabilities().software_only { SOFTWARE_ONLY.into() } else { why };
+                    let why = if self.hypervisor.software_only() { SOFTWARE_ONLY.into() } else { why };
                     self.outcome = Some(Outcome::Failed(format!("the machine stopped: {why}")));
                 }
             }

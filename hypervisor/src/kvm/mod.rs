@@ -66,11 +66,7 @@ impl Kvm {
         let supported =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(operation("say which CPUID it supports"))?;
         let cpuid = supported.as_slice().iter().map(from_kvm).collect();
-        let capabilities = Capabilities {
-            max_vcpus: u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX),
-            cpuid,
-            software_only: software_only(),
-        };
+        let capabilities = Capabilities { max_vcpus: u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX), cpuid };
         Ok(Self { kvm, capabilities })
     }
 }
@@ -89,6 +85,10 @@ fn from_kvm(e: &kvm_bindings::kvm_cpuid_entry2) -> CpuidEntry {
 impl Hypervisor for Kvm {
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn software_only(&self) -> bool {
+        software_only()
     }
 
     fn create_vm(&self) -> Result<Arc<dyn Vm>, Error> {

@@ -76,6 +76,8 @@ struct Client {
     files: VecDeque<(u32, u32, u32)>,
     globals: HashMap<String, u32>,
     next: u32,
+    /// The window's surface and its role.
+    window: Option<(u32, u32)>,
 }
 
 const DISPLAY: u32 = 1;
@@ -101,8 +103,14 @@ impl Client {
     fn connect(socket: &Path) -> Self {
         let mut guest = Guest::new(socket);
         guest.context(CONTEXT);
-        let mut client =
-            Self { guest, inbox: Vec::new(), files: VecDeque::new(), globals: HashMap::new(), next: REGISTRY + 1 };
+        let mut client = Self {
+            guest,
+            inbox: Vec::new(),
+            files: VecDeque::new(),
+            globals: HashMap::new(),
+            next: REGISTRY + 1,
+            window: None,
+        };
         client.request(DISPLAY, 1, &words(&[REGISTRY]), &[]);
         client.round_trip();
         client
@@ -132,6 +140,12 @@ impl Client {
                         let len = word(&event, 3) as usize;
                         let interface = String::from_utf8_lossy(&event[16..16 + len - 1]).into_owned();
                         self.globals.insert(interface, word(&event, 2));
+                    }
+                    if let Some((surface, role)) = self.window
+                        && (object, opcode) == (role, 0)
+                    {
+                        self.request(role, 4, &words(&[word(&event, 2)]), &[]);
+                        self.request(surface, 6, &[], &[]);
                     }
                     return (object, opcode, event[8..].to_vec());
                 }
@@ -181,8 +195,8 @@ impl Client {
         self.request(xdg_surface, 1, &words(&[toplevel]), &[]);
         self.request(toplevel, 2, &string("window of a guest"), &[]);
         self.request(surface, 6, &[], &[]);
-        let serial = word(&self.wait_for(xdg_surface, 0), 0);
-        self.request(xdg_surface, 4, &words(&[serial]), &[]);
+        self.window = Some((surface, xdg_surface));
+        self.wait_for(xdg_surface, 0);
 
         let (size, blob_id) = self.guest.image(CONTEXT, width, height).unwrap();
         let blob = self.guest.blob(CONTEXT, u64::from(blob_id), size).unwrap();
@@ -208,10 +222,16 @@ fn a_guests_window_is_on_the_desktop_and_gets_the_keymap() {
     let colour = [0xe0, 0x40, 0x60];
     assert_eq!(desktop.count(colour), 0);
     let surface = client.window(300, 200, 0xffe0_4060);
-    // sway shows a new window when it has settled its size with the client, or given up on that.
-    client.round_trip();
-    let seen = (0..100).map(|_| desktop.count(colour)).find(|count| *count > 300 * 150);
-    assert!(seen.is_some(), "the guest's window is not on the screen");
+    // sway shows a new window when it has settled its size with the client.
+    let mut seen = 0;
+    for _ in 0..100 {
+        client.round_trip();
+        seen = seen.max(desktop.count(colour));
+        if seen > 300 * 150 {
+            break;
+        }
+    }
+    assert!(seen > 300 * 150, "only {seen} pixels of the guest's window are on the screen");
 
     // A keyboard, for as long as the helper types; sway sends its keymap as a file opened read-only.
     let _typing = Helper(desktop.command(&["wtype", "-s", "20000", "x"]).stdout(Stdio::null()).spawn().unwrap());

@@ -96,3 +96,11 @@ const SYSCALLS: &[Syscall] = &[
     Syscall { number: libc::SYS_eventfd2, why: "a context's thread" },
     Syscall { number: libc::SYS_clone, why: "a thread for each context, one for the relay" },
 ];
+
+/// For fuzzers: a request of the control queue, header first. Any bytes are an answer or a request, never a panic.
+pub fn fuzz(bytes: &[u8]) {
+    use zerocopy::FromBytes;
+    if let Ok((header, rest)) = protocol::Header::ref_from_prefix(bytes) {
+        let _ = decode::decode(header, rest);
+    }
+}

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use hypervisor::kvm::Kvm;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rutabaga_glue::RutabagaFactory;
 use vmm::build::Confinement;
 use vmm::cli::{Cli, Endpoint, Seccomp};
@@ -48,6 +49,7 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
     // First of all: what is opened here must not be taken for what the parent handed down.
     let (api, events) = (take(cli.api_socket.as_ref())?, take(cli.event_monitor.as_ref())?);
     start_logging(cli)?;
+    raise_descriptor_limit();
     let server = match (&cli.api_socket, api) {
         (Some(Endpoint::Path(path)), _) => Some(Server::bind(path)?),
         (_, Some(fd)) => Some(Server::from_listener(fd)?),
@@ -109,6 +111,14 @@ fn confine(seccomp: Seccomp) -> Result<Box<dyn Confinement>, SeccompError> {
     let filters = Filters::new(mode)?;
     filters.confine_control()?;
     Ok(Box::new(filters))
+}
+
+/// Lets the process open as many descriptors as it may: each connection through the vsock device takes one.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        log::warn!("the limit of open files stays at {:?}: {e}", limit.current);
+    }
 }
 
 /// A socket on which something arrives when the process is asked to end.

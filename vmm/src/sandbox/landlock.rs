@@ -163,6 +163,10 @@ fn rules(config: &VmConfig, own_sockets: &[PathBuf]) -> Vec<Rule> {
     }
     config.vsock.iter().for_each(|vsock| add("vsock.socket", parent(&vsock.socket), Need::Sockets));
     config.gpu.iter().filter_map(|gpu| gpu.wayland.as_ref()).for_each(|path| add("gpu", path, Need::Write));
+    if !config.gpu.is_empty() {
+        // The socket between the engine and its relay has a name there for a moment.
+        add("gpu", &std::env::temp_dir(), Need::Sockets);
+    }
     own_sockets.iter().for_each(|socket| add("--api-socket", parent(socket), Need::Sockets));
     for rule in &config.landlock_rules {
         let need = match rule.access {

@@ -186,7 +186,16 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
     use std::process::{Command, Output};
 
+    use vmm_config::{ConsoleConfig, ConsoleMode, VmConfig};
+
+    use super::super::{Files, LandlockError};
     use super::*;
+    use crate::stream::Stream;
+
+    /// A machine that asks for Landlock.
+    fn confined() -> VmConfig {
+        VmConfig { landlock_enable: true, ..VmConfig::default() }
+    }
 
     const SCENARIO: &str = "SPECTRUM_TEST_SECCOMP";
 
@@ -205,7 +214,7 @@ mod tests {
             setup().unwrap();
             act();
         };
-        // A panic is printed by then; it must be all that happens.
+        // A panic was printed when this returns; it must be all that happens.
         let _ = std::thread::Builder::new().name(name.into()).spawn(run).unwrap().join();
     }
 
@@ -226,6 +235,18 @@ mod tests {
         let socket = || drop(std::os::unix::net::UnixDatagram::unbound());
         match scenario.as_str() {
             "control" | "log" => on_thread("free", Arc::new(|| Ok(())), socket),
+            "streams" => {
+                let dir = std::env::temp_dir().join(format!("spectrum-streams-{}", process::id()));
+                let file = ConsoleConfig { file: Some(dir.clone()), ..ConsoleConfig::of(ConsoleMode::File) };
+                for config in [ConsoleConfig::of(ConsoleMode::Pty), ConsoleConfig::of(ConsoleMode::Tty), file] {
+                    drop(Stream::open(&config).unwrap().unwrap().ends().unwrap());
+                }
+                std::fs::remove_file(dir).unwrap();
+            }
+            "landlock" => match Files::default().confine(&confined(), &[]) {
+                Ok(()) | Err(LandlockError::Missing(_)) => {}
+                Err(e) => panic!("{e}"),
+            },
             "vcpu-socket" => on_thread("vcpu0", filters.vcpu(), socket),
             "vcpu-file" => on_thread("vcpu0", filters.vcpu(), || {
                 assert_eq!(std::fs::File::open("/dev/null").unwrap_err().raw_os_error(), Some(libc::ENOSYS));
@@ -265,6 +286,8 @@ mod tests {
     fn what_is_needed_is_allowed() {
         survives("control");
         survives("vcpu-ioctl");
+        survives("streams");
+        survives("landlock");
     }
 
     #[test]

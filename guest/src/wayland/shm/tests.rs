@@ -1,3 +1,5 @@
+//! Pools, buffers and what is copied of them.
+
 use super::*;
 use crate::wayland::gpu::Mapping;
 use std::io::Write;

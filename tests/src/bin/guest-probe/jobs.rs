@@ -22,6 +22,10 @@ pub fn run(job: &str) -> Outcome {
         "image" => image(argument),
         "overwrite" => overwrite(argument),
         "write" => write_device(argument),
+        "refused" => refused(argument),
+        "vsock-connect" => crate::vsock::connect(argument),
+        "vsock-listen" => crate::vsock::listen(argument),
+        "garbage" => crate::hostile::garbage(argument),
         _ => Err("there is no such job".into()),
     }
 }
@@ -143,6 +147,15 @@ fn overwrite(device: &str) -> Outcome {
     let mut back = [0; 16];
     file.read_exact(&mut back).map_err(text)?;
     Ok(String::from_utf8_lossy(&back).into_owned())
+}
+
+/// Says how writing to a device that is read-only fails.
+fn refused(device: &str) -> Outcome {
+    let file = OpenOptions::new().write(true).open(device);
+    match file.and_then(|mut file| file.write_all(MARK).and_then(|()| file.sync_all())) {
+        Ok(()) => Err("it was not".into()),
+        Err(e) => Ok(e.to_string()),
+    }
 }
 
 /// Writes a line to a terminal: `DEVICE`.

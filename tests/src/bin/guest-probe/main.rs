@@ -3,7 +3,10 @@
 //!
 //! A line is `probe: JOB: RESULT`; a job that failed has the result `FAILED: REASON`.
 
+mod hostile;
 mod jobs;
+mod region;
+mod vsock;
 
 use std::fs::File;
 use std::path::Path;

@@ -1,0 +1,57 @@
+//! Whatever a guest does to the registers and the configuration space of a virtio-pci function.
+#![no_main]
+
+use std::io;
+use std::sync::Arc;
+
+use devices::bus::BusDevice;
+use devices::irq::{Msi, MsiSink};
+use devices::pci::PciDevice;
+use libfuzzer_sys::fuzz_target;
+use virtio_devices::device::Memory;
+use virtio_devices::rng::Rng;
+use virtio_devices::transport::{BAR0_SIZE, Doorbells, PciTransport, Setup};
+use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vmm_sys_util::eventfd::EventFd;
+
+struct Nothing;
+
+impl MsiSink for Nothing {
+    fn signal(&self, _: Msi) {}
+}
+
+impl Doorbells for Nothing {
+    fn add(&self, _: u64, _: &EventFd) -> io::Result<()> {
+        Ok(())
+    }
+    fn remove(&self, _: u64, _: &EventFd) {}
+}
+
+fuzz_target!(|data: &[u8]| {
+    let mem = Memory::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("guest memory");
+    let transport = PciTransport::new(Setup {
+        id: "rng".into(),
+        device: Box::new(Rng::new(std::fs::File::open("/dev/urandom").expect("entropy"))),
+        bar0: 0xc000_0000,
+        shared_memory: None,
+        mem: GuestMemoryAtomic::new(mem),
+        msi: Arc::new(Nothing),
+        doorbells: Arc::new(Nothing),
+        thread_setup: Arc::new(|| Ok(())),
+    })
+    .expect("a PCI function");
+    for step in data.chunks_exact(12) {
+        let offset = u64::from(u16::from_le_bytes([step[1], step[2]]));
+        let len = 1 << (step[3] % 4);
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&step[4..]);
+        match step[0] % 6 {
+            0 => transport.read(offset % BAR0_SIZE, &mut bytes[..len]),
+            // Most of what matters is at the beginning: the common configuration.
+            1 | 2 => transport.write(offset % 0x40, &bytes[..len]),
+            3 => transport.write(offset % BAR0_SIZE, &bytes[..len]),
+            4 => transport.config_write((offset % 4096) as u16, &bytes[..len.min(4)]),
+            _ => transport.config_read((offset % 4096) as u16, &mut bytes[..len.min(4)]),
+        }
+    }
+});
