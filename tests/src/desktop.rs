@@ -144,26 +144,6 @@ impl Desktop {
         self.wait_for(application, |windows| windows.iter().find(|window| wanted(window)).cloned())
     }
 
-    /// Waits until the window of `app_id` has drawn itself `width` pixels wide.
-    ///
-    /// # Panics
-    /// If it does not.
-    pub fn wait_for_size(&mut self, application: &mut Application, app_id: &str, width: i64) {
-        let deadline = Instant::now() + TIMEOUT / 4;
-        loop {
-            let windows = self.windows();
-            let window = windows.iter().find(|window| window["app_id"] == app_id);
-            let has = window.and_then(|window| window["geometry"]["width"].as_i64()).unwrap_or(0);
-            if (has - width).abs() < 20 {
-                return;
-            }
-            application.assert_runs();
-            assert!(Instant::now() < deadline, "{width} wanted: {window:#?}\n{}", application.log());
-            // A client's new size is no event.
-            std::thread::sleep(POLL);
-        }
-    }
-
     /// The pixels that are on the screen now. A copy goes to `$SANDBOX_SHARE` under this name, for people.
     ///
     /// # Panics
@@ -226,7 +206,7 @@ fn receive(stream: &mut UnixStream) -> std::io::Result<Value> {
 
 /// The nodes of a tree that are windows.
 fn collect(node: &Value, found: &mut Vec<Value>) {
-    if node["pid"].is_u64() && node["app_id"].is_string() {
+    if node["pid"].is_u64() && node["shell"].is_string() {
         found.push(node.clone());
     }
     for kind in ["nodes", "floating_nodes"] {

@@ -62,7 +62,7 @@ const AS_USER: &str = r#"u() { setpriv --reuid=user --regid=user --clear-groups 
 
 /// A shell in the VM that can look at the Wayland proxy there, and start clients of it.
 fn shell(desktop: &Desktop) -> Application {
-    let mut shell = Application::start(Some(desktop), &["--user", "root"], &["sh"]);
+    let mut shell = Application::start(Some(desktop), &["--user", "root", "--cwd", "/home/user"], &["sh"]);
     let ready = shell.shell(AS_USER);
     assert_eq!(ready, "");
     shell
@@ -70,7 +70,9 @@ fn shell(desktop: &Desktop) -> Application {
 
 /// Closes all windows that there are, as a user does, and waits until they are gone.
 fn close_all(desktop: &mut Desktop, application: &mut Application) {
-    desktop.command("[app_id=\".*\"] kill");
+    for window in desktop.windows() {
+        desktop.command(&format!("[con_id={}] kill", window["id"]));
+    }
     desktop.wait_for(application, |windows| windows.is_empty().then_some(()));
 }
 
@@ -94,6 +96,102 @@ fn weston_terminal_and_a_gtk_application_show_their_windows() {
     shell.say("exit 7");
     let (status, _) = shell.wait();
     assert_eq!(status.code(), Some(7), "the application's exit status is the launcher's");
+}
+
+/// What the VMM and the guest's proxy hold.
+#[derive(Clone, Debug, Default)]
+struct Holdings {
+    vmm_descriptors: usize,
+    vmm_kib: u64,
+    proxy_descriptors: usize,
+    proxy_kib: u64,
+}
+
+impl Holdings {
+    fn of(shell: &mut Application) -> Self {
+        let vmm = shell.vmm();
+        let text = shell.shell(
+            "p=$(pgrep -f 'self/exe wayland'); echo descriptors $(ls /proc/$p/fd | wc -l); grep VmRSS: /proc/$p/status",
+        );
+        let number = |name: &str| -> u64 {
+            let line = text.lines().find(|line| line.starts_with(name));
+            line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
+                .unwrap_or_else(|| panic!("{name}: {text}"))
+        };
+        Self {
+            vmm_descriptors: std::fs::read_dir(format!("/proc/{vmm}/fd")).unwrap().count(),
+            vmm_kib: mappings(vmm).iter().filter(|mapping| mapping.own).map(|mapping| mapping.rss).sum(),
+            proxy_descriptors: usize::try_from(number("descriptors")).unwrap(),
+            proxy_kib: number("VmRSS:"),
+        }
+    }
+
+    /// Nothing more than before, but for what allocators keep.
+    fn is_within(&self, before: &Self) -> bool {
+        self.vmm_descriptors <= before.vmm_descriptors
+            && self.proxy_descriptors <= before.proxy_descriptors
+            && self.vmm_kib <= before.vmm_kib + 1024
+            && self.proxy_kib <= before.proxy_kib + 1024
+    }
+}
+
+/// A terminal whose title is how often it has changed its size: the compositor's tree does not tell what a client has drawn.
+const RESIZED: &str = r#"u foot -o resize-delay-ms=0 -o locked-title=no sh -c '
+    n=0
+    trap "n=\$((n + 1)); title" WINCH
+    title() { printf "\033]2;resized %s\007" $n; }
+    title
+    while :; do read -r line; done'"#;
+
+fn title_of_foot(windows: &[Value]) -> Option<String> {
+    let title = windows.iter().find(|window| window["app_id"] == "foot")?["name"].as_str()?;
+    title.starts_with("resized ").then(|| title.to_owned())
+}
+
+/// Clients come and go, and a window changes its size, and nothing of that stays.
+#[test]
+fn clients_and_resizes_leave_nothing_behind() {
+    const AT_ONCE: usize = 5;
+    let mut desktop = Desktop::new();
+    let mut shell = shell(&desktop);
+    let began = std::time::Instant::now();
+    let mark = |what: &str| println!("{:4} s: {what}", began.elapsed().as_secs());
+    let round = |desktop: &mut Desktop, shell: &mut Application| {
+        for _ in 0..AT_ONCE {
+            shell.say("u weston-flower");
+        }
+        desktop.wait_for(shell, |windows| (windows.len() == AT_ONCE).then_some(()));
+        close_all(desktop, shell);
+    };
+    let resize = |desktop: &mut Desktop, shell: &mut Application, times: usize| {
+        shell.say(RESIZED);
+        let mut title = desktop.wait_for(shell, title_of_foot);
+        for step in 0..times {
+            // By the gap around it: a floating window would take the size of a picture that was still on its way.
+            desktop.command(&format!("gaps inner current set {}", 120 + (step % 4) * 20));
+            title = desktop.wait_for(shell, |windows| title_of_foot(windows).filter(|new| *new != title));
+        }
+        close_all(desktop, shell);
+    };
+
+    resize(&mut desktop, &mut shell, 8);
+    mark("resized a few times");
+    round(&mut desktop, &mut shell);
+    mark("a few clients");
+    let before = Holdings::of(&mut shell);
+
+    resize(&mut desktop, &mut shell, 200);
+    mark("resized 200 times");
+    for _ in 0..50 / AT_ONCE {
+        round(&mut desktop, &mut shell);
+    }
+
+    mark("50 clients");
+    // A window goes before its client does.
+    let left = shell.shell("wait; jobs");
+    let after = Holdings::of(&mut shell);
+    println!("before {before:?}\nafter  {after:?}");
+    assert!(after.is_within(&before), "before {before:?}, after {after:?}\n{left}");
 }
 
 /// A mapping of a VMM, all sizes in KiB.
