@@ -1,11 +1,15 @@
 //! Applications of the template in VMs of their own, on a headless desktop, as `spectrum run` starts them.
 
+use std::ffi::OsStr;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::process::Stdio;
 
 use serde_json::Value;
 use tests::desktop::{Application, Desktop};
 use tests::{Output, TIMEOUT};
+use vmm_api::{Client, Request};
 
 /// The background that foot is told to have: nothing else on the screen has it.
 const ORANGE: [u8; 3] = [0xff, 0x88, 0x00];
@@ -34,6 +38,16 @@ fn foot_can_be_seen_typed_into_copied_from_and_closed() {
 
     desktop.type_line("title \"typed by $(id -un) on $(hostname)\"");
     desktop.wait_for_window(&mut foot, named("typed by user on foot"));
+
+    // A paused machine's windows are still there when it goes on.
+    let arguments = std::fs::read(format!("/proc/{}/cmdline", foot.vmm())).unwrap();
+    let mut arguments = arguments.split(|byte| *byte == 0).skip_while(|argument| *argument != b"--api-socket").skip(1);
+    let socket = Path::new(OsStr::from_bytes(arguments.next().unwrap()));
+    for request in [Request::VmPause, Request::VmResume] {
+        Client::connect(socket).unwrap().send(&request).unwrap();
+    }
+    desktop.type_line("title \"resumed\"");
+    desktop.wait_for_window(&mut foot, named("resumed"));
 
     let mut copy = desktop.client("wl-copy").stdin(Stdio::piped()).spawn().unwrap();
     copy.stdin.take().unwrap().write_all("from the host: \u{e4}\u{20ac}".as_bytes()).unwrap();

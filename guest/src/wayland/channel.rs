@@ -178,6 +178,10 @@ impl<G: Gpu> Channel<G> {
         self.armed = false;
         let mut page = [0; RING_SIZE];
         self.gpu.ring(Ring::Channel).read(0, &mut page).map_err(SessionError::io(what))?;
+        if page.first() == Some(&CMD_POLL) {
+            // The machine was paused, and the host let go of what waited: ask again.
+            return Ok(None);
+        }
         decode(&page).map(Some).ok_or_else(|| SessionError::host("a malformed event in the channel ring"))
     }
 
