@@ -394,10 +394,10 @@ fn ping() -> PingInfo {
 
 /// What the configuration's check and the plan need to know of this host.
 fn host_facts(config: &VmConfig, max_vcpus: u32) -> HostFacts {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let info = rustix::system::sysinfo();
     let size = |path: &PathBuf| Some((path.clone(), std::fs::metadata(path).ok()?.len()));
     HostFacts {
-        memory: HostFacts::memory_of_meminfo(&meminfo).unwrap_or(u64::MAX),
+        memory: info.totalram.saturating_mul(u64::from(info.mem_unit)),
         page_size: rustix::param::page_size() as u64,
         max_vcpus,
         file_sizes: config.pmem.iter().filter_map(|p| size(&p.file)).collect(),

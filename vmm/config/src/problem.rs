@@ -24,13 +24,6 @@ impl HostFacts {
     pub fn file_size(&self, path: &Path) -> Option<u64> {
         self.file_sizes.get(path).copied()
     }
-
-    /// The amount of memory, in bytes, that the text of `/proc/meminfo` speaks of.
-    pub fn memory_of_meminfo(text: &str) -> Option<u64> {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        kib.checked_mul(1024)
-    }
 }
 
 /// What kind of thing is wrong.

@@ -290,13 +290,6 @@ fn conflicts_are_found() {
     assert_problem(&config, ProblemKind::Conflict, "console.file", "/o");
 }
 
-#[test]
-fn host_memory_is_read_from_meminfo() {
-    let text = "MemTotal:       24619812 kB\nMemFree:          123456 kB\n";
-    assert_eq!(HostFacts::memory_of_meminfo(text), Some(24_619_812 * 1024));
-    assert_eq!(HostFacts::memory_of_meminfo("nothing"), None);
-}
-
 fn parse_with_everything(text: &str) {
     let _ = CpusConfig::parse(text);
     let _ = MemoryConfig::parse(text);

@@ -136,7 +136,6 @@ fn restrict(rules: &[Rule]) -> Result<(), LandlockError> {
 fn rules(config: &VmConfig, own_sockets: &[PathBuf]) -> Vec<Rule> {
     let mut rules = Vec::new();
     let mut add = |what, path: &Path, need| rules.push(Rule { path: path.to_owned(), need, what });
-    add("/proc/meminfo", Path::new("/proc/meminfo"), Need::Read);
     // Descriptors' names for the graphics device, and a panic's backtrace.
     add("/proc/self", Path::new("/proc/self"), Need::Read);
     if let Some(payload) = &config.payload {
