@@ -38,6 +38,7 @@ fuzz_target!(|data: &[u8]| {
         msi: Arc::new(Nothing),
         doorbells: Arc::new(Nothing),
         thread_setup: Arc::new(|| Ok(())),
+        saved: None,
     })
     .expect("a PCI function");
     for step in data.chunks_exact(12) {

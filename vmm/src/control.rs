@@ -1,5 +1,7 @@
 //! The control thread: owns the machine, answers requests, hears of signals, input and what the guest does.
 
+mod saving;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -15,12 +17,13 @@ use vmm_api::{Failure, PingInfo, Reply, Request, Response, Server, VmInfo, VmSta
 use vmm_config::{HostFacts, ProblemKind, VmConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::build::{BuildError, Confinement, Ingredients, build};
+use crate::build::{BuildError, Confinement, Ingredients, Saved, build};
 use crate::events::EventMonitor;
 use crate::lifecycle::{Decision, decide};
 use crate::machine::{InputState, Machine, MachineEvent};
 use crate::plan::{Plan, PlanError, PlanFacts};
 use crate::sandbox::{Files, LandlockError};
+use crate::snapshot::SnapshotError;
 use crate::stream::{Stream, StreamError};
 
 /// Why the VMM cannot do what it was asked.
@@ -44,6 +47,9 @@ pub enum VmmError {
     /// The process cannot be confined to the machine's files.
     #[error(transparent)]
     Landlock(#[from] LandlockError),
+    /// The snapshot cannot be taken, or not be used.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// Not now.
     #[error("{0}")]
     State(String),
@@ -206,31 +212,38 @@ impl Vmm {
     pub fn boot(&mut self) -> Result<(), VmmError> {
         let physical_bits = arch::cpuid::physical_bits(&self.hypervisor.capabilities().cpuid);
         let max_vcpus = self.hypervisor.capabilities().max_vcpus;
-        self.generation += 1;
-        let report = self.reporter(self.generation);
         self.event("vm", "booting");
-        let created = self.created.as_mut().ok_or_else(|| VmmError::State("there is no machine to boot".into()))?;
+        let created = self.created.as_ref().ok_or_else(no_machine)?;
         let facts = PlanFacts { host: host_facts(&created.config, max_vcpus), physical_bits };
         let missing = created.config.check(&facts.host).into_iter().find(|p| p.kind == ProblemKind::NoPayload);
         if let Some(problem) = missing {
             return Err(VmmError::Config(vec![problem.to_string()]));
         }
         let plan = Plan::new(&created.config, &facts)?;
+        self.build(&plan, None)?;
+        self.with_machine(false, Machine::resume);
+        self.event("vm", "booted");
+        Ok(())
+    }
+
+    /// Builds the machine that was created; it is paused.
+    fn build(&mut self, plan: &Plan, saved: Option<Saved<'_>>) -> Result<(), VmmError> {
+        self.generation += 1;
+        let report = self.reporter(self.generation);
+        let created = self.created.as_mut().ok_or_else(no_machine)?;
         self.files.confine(&created.config, &self.own_sockets)?;
-        let machine = build(&Ingredients {
+        created.machine = Some(build(&Ingredients {
             config: &created.config,
-            plan: &plan,
+            plan,
             hypervisor: self.hypervisor.as_ref(),
             serial: created.serial.as_ref(),
             console: created.console.as_ref(),
             renderer: self.renderer.as_ref(),
             confinement: self.confinement.as_ref(),
             report,
-        })?;
-        machine.resume();
-        created.machine = Some(machine);
-        created.paused = false;
-        self.event("vm", "booted");
+            saved,
+        })?);
+        created.paused = true;
         Ok(())
     }
 
@@ -317,6 +330,8 @@ impl Vmm {
                 self.with_machine(false, Machine::resume);
                 self.event("vm", "resumed");
             }
+            Request::VmSnapshot(to) => self.snapshot(&to).map_err(|e| failure(&e))?,
+            Request::VmRestore(from) => self.restore(&from).map_err(|e| failure(&e))?,
             Request::VmPowerButton => self.with_machine(false, Machine::press_power_button),
         }
         Ok(Reply::Done)
@@ -383,6 +398,10 @@ impl Vmm {
     }
 }
 
+fn no_machine() -> VmmError {
+    VmmError::State("there is no machine to boot".into())
+}
+
 fn failure(error: &VmmError) -> Failure {
     Failure::because(error)
 }
@@ -425,7 +444,7 @@ impl Control {
             wanted.insert(SIGNAL, signals.as_raw_fd());
         }
         if let Some(created) = &vmm.created
-            && let Some(serial) = created.machine.as_ref().and_then(|m| m.serial.as_ref())
+            && let Some(serial) = created.machine.as_ref().and_then(Machine::serial)
             && let Some(input) = created.serial.as_ref().and_then(Stream::input)
         {
             wanted.insert(DRAINED, serial.drained.as_raw_fd());
@@ -480,8 +499,7 @@ impl Control {
     }
 
     fn drained(&mut self) {
-        if let Some(serial) = self.vmm.created.as_ref().and_then(|c| c.machine.as_ref()).and_then(|m| m.serial.as_ref())
-        {
+        if let Some(serial) = self.vmm.created.as_ref().and_then(|c| c.machine.as_ref()).and_then(Machine::serial) {
             let _ = serial.drained.read();
         }
         self.input_full = false;

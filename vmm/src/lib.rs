@@ -16,6 +16,7 @@ pub mod memory;
 pub mod panics;
 pub mod plan;
 pub mod sandbox;
+pub mod snapshot;
 pub mod stream;
 pub mod vcpu;
 

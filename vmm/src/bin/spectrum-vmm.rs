@@ -80,6 +80,9 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         vmm.create(config)?;
         vmm.boot()?;
     }
+    if let Some(from) = &cli.restore {
+        vmm.restore(from)?;
+    }
     Ok(vmm.run()?)
 }
 
