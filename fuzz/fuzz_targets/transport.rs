@@ -41,6 +41,7 @@ fuzz_target!(|data: &[u8]| {
         saved: None,
     })
     .expect("a PCI function");
+    transport.resume().expect("a thread");
     for step in data.chunks_exact(12) {
         let offset = u64::from(u16::from_le_bytes([step[1], step[2]]));
         let len = 1 << (step[3] % 4);

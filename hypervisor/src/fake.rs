@@ -1,6 +1,7 @@
 //! A scripted machine: what tests of the VMM run on where there is no KVM.
 
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -63,6 +64,10 @@ impl Hypervisor for FakeHypervisor {
 
     fn software_only(&self) -> bool {
         false
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     fn create_vm(&self) -> Result<Arc<dyn Vm>, Error> {

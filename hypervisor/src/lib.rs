@@ -8,6 +8,7 @@ pub mod fake;
 pub mod kvm;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use arch::cpuid::CpuidEntry;
@@ -99,6 +100,9 @@ pub trait Hypervisor: Send + Sync {
     /// Whether it works without hardware virtualisation, where unmodified kernels do not run. Asked only when a guest has
     /// failed: finding out takes time.
     fn software_only(&self) -> bool;
+
+    /// What a process that was forked has to keep open in order to use it.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>>;
 
     /// Makes an empty machine.
     ///

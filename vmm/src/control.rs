@@ -79,6 +79,8 @@ struct Created {
     config: VmConfig,
     serial: Option<Stream>,
     console: Option<Stream>,
+    /// Listening sockets that were handed down, by the identifier of their device.
+    listeners: BTreeMap<String, OwnedFd>,
     machine: Option<Machine>,
     paused: bool,
 }
@@ -201,7 +203,8 @@ impl Vmm {
         if let Some(path) = console.as_ref().and_then(Stream::path) {
             config.console.file = Some(path.clone());
         }
-        self.created = Some(Created { config, serial, console, machine: None, paused: false });
+        let listeners = BTreeMap::new();
+        self.created = Some(Created { config, serial, console, listeners, machine: None, paused: false });
         Ok(())
     }
 
@@ -221,7 +224,7 @@ impl Vmm {
         }
         let plan = Plan::new(&created.config, &facts)?;
         self.build(&plan, None)?;
-        self.with_machine(false, Machine::resume);
+        self.resume()?;
         self.event("vm", "booted");
         Ok(())
     }
@@ -238,6 +241,7 @@ impl Vmm {
             hypervisor: self.hypervisor.as_ref(),
             serial: created.serial.as_ref(),
             console: created.console.as_ref(),
+            listeners: &created.listeners,
             renderer: self.renderer.as_ref(),
             confinement: self.confinement.as_ref(),
             report,
@@ -327,14 +331,23 @@ impl Vmm {
             }
             Request::VmResume => {
                 self.event("vm", "resuming");
-                self.with_machine(false, Machine::resume);
+                self.resume().map_err(|e| failure(&e))?;
                 self.event("vm", "resumed");
             }
             Request::VmSnapshot(to) => self.snapshot(&to).map_err(|e| failure(&e))?,
             Request::VmRestore(from) => self.restore(&from).map_err(|e| failure(&e))?,
+            // Refused before.
+            Request::VmClone(_) => {}
             Request::VmPowerButton => self.with_machine(false, Machine::press_power_button),
         }
         Ok(Reply::Done)
+    }
+
+    fn resume(&mut self) -> Result<(), VmmError> {
+        let Some(created) = &mut self.created else { return Ok(()) };
+        created.paused = false;
+        let Some(machine) = &created.machine else { return Ok(()) };
+        machine.resume().map_err(|source| BuildError::Host { what: "start a device's thread", source }.into())
     }
 
     fn with_machine(&mut self, paused: bool, act: impl FnOnce(&Machine)) {
@@ -406,13 +419,13 @@ fn failure(error: &VmmError) -> Failure {
     Failure::because(error)
 }
 
-fn ping() -> PingInfo {
+pub(crate) fn ping() -> PingInfo {
     let version = format!("v{}", env!("CARGO_PKG_VERSION"));
     PingInfo { build_version: version.clone(), version, pid: i64::from(std::process::id()), features: Vec::new() }
 }
 
 /// What the configuration's check and the plan need to know of this host.
-fn host_facts(config: &VmConfig, max_vcpus: u32) -> HostFacts {
+pub(crate) fn host_facts(config: &VmConfig, max_vcpus: u32) -> HostFacts {
     let info = rustix::system::sysinfo();
     let size = |path: &PathBuf| Some((path.clone(), std::fs::metadata(path).ok()?.len()));
     HostFacts {

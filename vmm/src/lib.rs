@@ -19,5 +19,6 @@ pub mod sandbox;
 pub mod snapshot;
 pub mod stream;
 pub mod vcpu;
+pub mod zygote;
 
 pub use control::{Outcome, Vmm, VmmError};

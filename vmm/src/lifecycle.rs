@@ -30,7 +30,7 @@ pub enum Decision {
 #[must_use]
 pub fn decide(state: State, action: Action) -> Decision {
     use Action::{
-        VmBoot, VmCreate, VmDelete, VmInfo, VmPause, VmPowerButton, VmReboot, VmRestore, VmResume, VmShutdown,
+        VmBoot, VmClone, VmCreate, VmDelete, VmInfo, VmPause, VmPowerButton, VmReboot, VmRestore, VmResume, VmShutdown,
         VmSnapshot, VmmPing, VmmShutdown,
     };
     use VmState::{Created, Paused, Running, Shutdown};
@@ -42,6 +42,9 @@ pub fn decide(state: State, action: Action) -> Decision {
         (VmPause | VmPowerButton, Some(Running)) | (VmResume | VmSnapshot, Some(Paused)) => Decision::Admit,
         (VmShutdown | VmReboot, Some(Running | Paused)) => Decision::Admit,
         (VmDelete, None) => Decision::Nothing,
+        (VmClone, _) => {
+            Decision::Refuse(Failure::Other(vec!["only a zygote makes clones; start one with --zygote".into()]))
+        }
         (VmCreate | VmRestore, Some(_)) => Decision::Refuse(Failure::AlreadyCreated),
         (VmInfo | VmBoot, None) => Decision::Refuse(Failure::NotCreated),
         (VmBoot, Some(Running | Paused)) => Decision::Refuse(Failure::AlreadyRunning),
@@ -74,7 +77,7 @@ mod tests {
         }
     }
 
-    const ALL: [Action; 13] = [
+    const ALL: [Action; 14] = [
         Action::VmmPing,
         Action::VmmShutdown,
         Action::VmCreate,
@@ -88,6 +91,7 @@ mod tests {
         Action::VmPowerButton,
         Action::VmSnapshot,
         Action::VmRestore,
+        Action::VmClone,
     ];
 
     #[test]

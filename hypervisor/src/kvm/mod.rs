@@ -5,6 +5,7 @@ mod vcpu_x86_64;
 mod vm;
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -108,6 +109,12 @@ impl Hypervisor for Kvm {
 
     fn software_only(&self) -> bool {
         software_only()
+    }
+
+    #[expect(unsafe_code, reason = "the crate's Kvm has no AsFd")]
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        // SAFETY: it is open for as long as the object that is borrowed.
+        Some(unsafe { BorrowedFd::borrow_raw(self.shared.kvm.as_raw_fd()) })
     }
 
     fn create_vm(&self) -> Result<Arc<dyn Vm>, Error> {

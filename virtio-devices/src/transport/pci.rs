@@ -52,6 +52,9 @@ pub trait Doorbells: Send + Sync {
     fn remove(&self, address: u64, event: &EventFd);
 }
 
+/// What runs first on a device's thread.
+type ThreadSetup = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
+
 /// What a transport is made of.
 pub struct Setup<'a> {
     /// The device's identifier, for messages and the thread's name.
@@ -69,7 +72,7 @@ pub struct Setup<'a> {
     /// Where doorbells are registered.
     pub doorbells: Arc<dyn Doorbells>,
     /// Runs first on the device's thread.
-    pub thread_setup: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
+    pub thread_setup: ThreadSetup,
     /// The transport's state in a snapshot, if this is a restore: the device is paused then, if it was running.
     pub saved: Option<&'a TransportState>,
 }
@@ -89,7 +92,8 @@ struct Inner {
     config: PciConfig,
     common: CommonConfig,
     running: Running,
-    worker: Worker,
+    /// Made when the machine first goes on; until then a device that is started waits for it.
+    worker: Option<Worker>,
     /// Queues whose doorbell is registered.
     doorbells: Vec<usize>,
 }
@@ -105,6 +109,7 @@ pub struct PciTransport {
     kicks: Vec<Arc<EventFd>>,
     msix_control: u8,
     pci_cfg: u8,
+    thread_setup: ThreadSetup,
     inner: Mutex<Inner>,
 }
 
@@ -175,8 +180,6 @@ impl PciTransport {
             .ok_or_else(|| bad("too many capabilities"))?;
         let kicks = (0..queues).map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new)).collect::<Result<_, _>>()?;
         let common = CommonConfig::new(traits.features, &traits.queue_sizes);
-        let thread_setup = setup.thread_setup;
-        let worker = Worker::spawn(&setup.id, Box::new(move || thread_setup()))?;
         let this = Self {
             id: setup.id,
             interrupt: Arc::new(PciInterrupt::new(msix, queues)),
@@ -187,11 +190,12 @@ impl PciTransport {
             kicks,
             msix_control,
             pci_cfg,
+            thread_setup: setup.thread_setup,
             inner: Mutex::new(Inner {
                 config,
                 common,
                 running: Running::Idle(setup.device),
-                worker,
+                worker: None,
                 doorbells: Vec::new(),
             }),
         };
@@ -234,7 +238,7 @@ impl PciTransport {
     pub fn pause(&self) {
         let mut inner = self.lock();
         inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
-            Running::OnThread => match inner.worker.stop() {
+            Running::OnThread => match inner.worker.as_ref().and_then(Worker::stop) {
                 Some((device, active)) => Running::Paused(device, active),
                 None => self.lost(),
             },
@@ -242,16 +246,25 @@ impl PciTransport {
         };
     }
 
-    /// Lets a paused device go on.
-    pub fn resume(&self) {
+    /// Lets a paused device go on. The first time, this makes the device's thread, which a vCPU that starts a device has
+    /// no right to do.
+    ///
+    /// # Errors
+    /// If there is no thread to be had.
+    pub fn resume(&self) -> io::Result<()> {
         let mut inner = self.lock();
+        if inner.worker.is_none() {
+            let setup = self.thread_setup.clone();
+            inner.worker = Some(Worker::spawn(&self.id, Box::new(move || setup()))?);
+        }
         if matches!(inner.running, Running::Paused(..)) && inner.doorbells.is_empty() {
             self.add_doorbells(&mut inner);
         }
         inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
-            Running::Paused(device, active) => self.run(&inner.worker, device, active),
+            Running::Paused(device, active) => self.run(inner.worker.as_ref(), device, active),
             other => other,
         };
+        Ok(())
     }
 
     /// Stops the device for good and drops it, so that its sockets and files are free when this returns.
@@ -259,7 +272,7 @@ impl PciTransport {
         let mut inner = self.lock();
         self.remove_doorbells(&mut inner);
         if let Running::OnThread = std::mem::replace(&mut inner.running, Running::Gone) {
-            drop(inner.worker.stop());
+            drop(inner.worker.as_ref().and_then(Worker::stop));
         }
     }
 
@@ -269,7 +282,8 @@ impl PciTransport {
         Running::Gone
     }
 
-    fn run(&self, worker: &Worker, device: Box<dyn Device>, active: Active) -> Running {
+    fn run(&self, worker: Option<&Worker>, device: Box<dyn Device>, active: Active) -> Running {
+        let Some(worker) = worker else { return Running::Paused(device, active) };
         if worker.start(device, active, self.kicks.clone()) { Running::OnThread } else { self.lost() }
     }
 
@@ -310,7 +324,7 @@ impl PciTransport {
         };
         self.add_doorbells(inner);
         if let Running::Idle(device) = std::mem::replace(&mut inner.running, Running::Gone) {
-            inner.running = self.run(&inner.worker, device, self.active(queues, &inner.common));
+            inner.running = self.run(inner.worker.as_ref(), device, self.active(queues, &inner.common));
         }
     }
 
@@ -333,7 +347,7 @@ impl PciTransport {
     fn reset(&self, inner: &mut Inner) {
         self.remove_doorbells(inner);
         inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
-            Running::OnThread => match inner.worker.stop() {
+            Running::OnThread => match inner.worker.as_ref().and_then(Worker::stop) {
                 Some((device, _)) => Running::Idle(device),
                 None => self.lost(),
             },

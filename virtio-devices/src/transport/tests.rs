@@ -79,6 +79,9 @@ fn guest_with(mem: Memory, saved: Option<&TransportState>) -> io::Result<Guest> 
         thread_setup: Arc::new(|| Ok(())),
         saved,
     })?;
+    if saved.is_none() {
+        transport.resume()?;
+    }
     Ok(Guest { transport, mem, sink, bells })
 }
 
@@ -183,7 +186,7 @@ fn pausing_keeps_the_queue_where_it_was() {
     g.transport.pause();
     g.offer(1);
     g.write(0x3000, 2, 0);
-    g.transport.resume();
+    g.transport.resume().unwrap();
     g.sink.wait(2);
     assert_eq!(g.mem.read_obj::<u16>(GuestAddress(0x3002)).unwrap(), 2);
 }
@@ -212,7 +215,7 @@ fn a_restored_transport_goes_on_where_it_was() {
     // Rung before the device goes on: heard when it does.
     r.offer(1);
     r.write(0x3000, 2, 0);
-    r.transport.resume();
+    r.transport.resume().unwrap();
     r.sink.wait(1);
     assert_eq!(r.sink.seen.lock().unwrap()[0], Msi { address: 0xfee0_0000, data: 0x41 });
     assert_eq!(r.mem.read_obj::<u16>(GuestAddress(0x3002)).unwrap(), 2);
@@ -228,7 +231,7 @@ fn an_idle_transport_is_restored_idle() {
     let g = guest();
     let state = saved(&g);
     let r = guest_with(g.mem, Some(&state)).unwrap();
-    r.transport.resume();
+    r.transport.resume().unwrap();
     r.boot();
     r.offer(0);
     r.write(0x3000, 2, 0);

@@ -46,7 +46,8 @@ fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
     if let Some(saved) = ctx.saved {
         saved.read::<()>(KIND.name, STATE_VERSION).map_err(|e| fail(e.to_string()))?;
     }
-    let device = Vsock::new(config.cid, &config.socket, ctx.saved.is_some()).map_err(|e| fail(e.to_string()))?;
+    let device =
+        Vsock::new(config.cid, &config.socket, ctx.listener, ctx.saved.is_some()).map_err(|e| fail(e.to_string()))?;
     Ok(Built { device: Box::new(device), memory: None })
 }
 

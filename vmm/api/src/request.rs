@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use thiserror::Error;
-use vmm_config::{JsonError, RestoreConfig, SnapshotConfig, VmConfig};
+use vmm_config::{CloneConfig, JsonError, RestoreConfig, SnapshotConfig, VmConfig};
 
 /// Where all requests live.
 const PREFIX: &str = "/api/v1/";
@@ -36,6 +36,8 @@ pub enum Request {
     VmSnapshot(SnapshotConfig),
     /// Make a machine from a snapshot.
     VmRestore(RestoreConfig),
+    /// Make another process with a machine like the template's; only a zygote answers it.
+    VmClone(CloneConfig),
 }
 
 /// The kind of a [`Request`].
@@ -55,6 +57,7 @@ pub enum Action {
     VmPowerButton,
     VmSnapshot,
     VmRestore,
+    VmClone,
 }
 
 /// The two methods the protocol uses.
@@ -104,6 +107,7 @@ const ROUTES: &[Route] = &[
     route(Action::VmPowerButton, Method::Put, "vm.power-button", "The power button could not be triggered"),
     route(Action::VmSnapshot, Method::Put, "vm.snapshot", "The VM could not be snapshotted"),
     route(Action::VmRestore, Method::Put, "vm.restore", "The VM could not be restored"),
+    route(Action::VmClone, Method::Put, "vm.clone", "The VM could not be cloned"),
 ];
 
 /// Requests of Cloud Hypervisor's that are not supported yet.
@@ -208,6 +212,8 @@ impl Request {
             Action::VmPowerButton => Self::VmPowerButton,
             Action::VmSnapshot => Self::VmSnapshot(SnapshotConfig::from_json(body)?),
             Action::VmRestore => Self::VmRestore(RestoreConfig::from_json(body)?),
+            Action::VmClone if body.is_empty() => Self::VmClone(CloneConfig::default()),
+            Action::VmClone => Self::VmClone(CloneConfig::from_json(body)?),
         })
     }
 
@@ -227,6 +233,7 @@ impl Request {
             Self::VmPowerButton => Action::VmPowerButton,
             Self::VmSnapshot(_) => Action::VmSnapshot,
             Self::VmRestore(_) => Action::VmRestore,
+            Self::VmClone(_) => Action::VmClone,
         }
     }
 
@@ -239,6 +246,7 @@ impl Request {
             Self::VmCreate(config) => json(config).map(Some),
             Self::VmSnapshot(config) => json(config).map(Some),
             Self::VmRestore(config) => json(config).map(Some),
+            Self::VmClone(config) => json(config).map(Some),
             _ => Ok(None),
         }
     }
@@ -274,6 +282,7 @@ mod tests {
                 memory_restore_mode: MemoryRestoreMode::Copy,
                 resume: true,
             }),
+            Request::VmClone(CloneConfig { fds: vec!["api".into()], ..CloneConfig::default() }),
         ]
     }
 

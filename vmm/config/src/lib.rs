@@ -47,7 +47,7 @@ pub use platform::PlatformConfig;
 pub use pmem::PmemConfig;
 pub use problem::{HostFacts, Problem, ProblemKind};
 pub use rng::RngConfig;
-pub use snapshot::{MemoryRestoreMode, RestoreConfig, SnapshotConfig};
+pub use snapshot::{CloneConfig, MemoryRestoreMode, RestoreConfig, SnapshotConfig, ZygoteConfig};
 pub use unsupported::{Section, Unsupported};
 pub use vsock::VsockConfig;
 

@@ -1,6 +1,6 @@
 //! Where snapshots go and come from: what `vm.snapshot`, `vm.restore` and `--restore` are told.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -103,6 +103,64 @@ impl RestoreConfig {
     ///
     /// # Errors
     /// As [`crate::VmConfig::from_json`].
+    pub fn from_json(text: &[u8]) -> Result<Self, JsonError> {
+        json::read(text)
+    }
+}
+
+/// What `--zygote` is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ZygoteConfig {
+    /// `file://` and the absolute path of a snapshot's directory.
+    pub source_url: String,
+    /// Where requests for clones are answered.
+    pub socket: PathBuf,
+}
+
+impl ZygoteConfig {
+    /// The flag's syntax.
+    pub const SYNTAX: Syntax =
+        Syntax { flag: "--zygote", words: &[], keys: &["source_url", "socket"], unsupported: &[] };
+
+    /// Reads `source_url=file:///DIR,socket=PATH`.
+    ///
+    /// # Errors
+    /// An unknown or missing key.
+    pub fn parse(text: &str) -> Result<Self, ParseError> {
+        let options = Self::SYNTAX.parse(text)?;
+        Ok(Self {
+            source_url: options.required("source_url", "the snapshot's directory, as file:///DIR")?,
+            socket: options.required("socket", "a path, such as /run/zygote.sock")?,
+        })
+    }
+
+    /// The directory the URL names; nothing if it names none.
+    pub fn directory(&self) -> Option<&Path> {
+        directory(&self.source_url)
+    }
+}
+
+/// In what a clone differs from the machine it is made of: what `vm.clone` is told.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CloneConfig {
+    /// What the descriptors are that come along with the request, in their order: `api`, a listening socket for the
+    /// clone's API; `serial` and `console`, where text goes and input comes from; or the identifier of a device (such as
+    /// `_vsock0`), a listening socket for it.
+    pub fds: Vec<String>,
+    /// Begins the paths of the sockets that the guest's connections go to, instead of the template's.
+    pub vsock_socket: Option<PathBuf>,
+    /// The compositor's socket, instead of the template's.
+    pub wayland: Option<PathBuf>,
+    /// Leave the clone paused, for its API to resume.
+    pub paused: bool,
+}
+
+impl CloneConfig {
+    /// Reads the body of a request.
+    ///
+    /// # Errors
+    /// As [`crate::VmConfig::from_json`], and for a field that is not known.
     pub fn from_json(text: &[u8]) -> Result<Self, JsonError> {
         json::read(text)
     }

@@ -1,6 +1,7 @@
 //! Virtio devices: built by their kinds, then attached to the PCI bus.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::irq::{Msi, MsiSink};
@@ -34,12 +35,14 @@ pub fn build<'a>(from: &Ingredients<'a>, vm: &dyn Vm) -> Result<Vec<BuiltDevice<
         let kind = KINDS.iter().find(|k| k.name == planned.kind);
         let kind = *kind.ok_or_else(|| BuildError::Plan(format!("no device kind is called {}", planned.kind)))?;
         let console = from.console.map(|s| s.ends()).transpose();
+        let listener = from.listeners.get(&planned.id).map(OwnedFd::try_clone).transpose();
         let request = Request { id: planned.id.clone(), index: planned.index, window: None };
         let built = (kind.build)(BuildContext {
             config: from.config,
             request: &request,
             window: planned.window.map(|w| WindowAddress { guest: GuestAddress(w.start), len: w.len }),
             console: console.map_err(|source| BuildError::Host { what: "open the console", source })?,
+            listener: listener.map_err(|source| BuildError::Host { what: "take over a device's socket", source })?,
             renderer: from.renderer,
             saved: saved_device(from, index).map(|saved| &saved.device),
         })?;

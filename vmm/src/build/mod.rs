@@ -4,7 +4,9 @@ mod devices;
 mod payload;
 mod platform;
 
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -91,6 +93,8 @@ pub struct Ingredients<'a> {
     pub serial: Option<&'a Stream>,
     /// The console's stream.
     pub console: Option<&'a Stream>,
+    /// Listening sockets that were handed down, by the identifier of their device.
+    pub listeners: &'a BTreeMap<String, OwnedFd>,
     /// The engine of virtio-gpu.
     pub renderer: &'a dyn RendererFactory,
     /// System-call filters.

@@ -1,23 +1,15 @@
 //! The control thread's verbs on snapshots.
 
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use vmm_config::{MemoryRestoreMode, RestoreConfig, SnapshotConfig, VmConfig};
+use vmm_config::{CloneConfig, ConsoleConfig, MemoryRestoreMode, RestoreConfig, SnapshotConfig};
 
-use super::{Vmm, VmmError};
+use super::{Created, Vmm, VmmError};
 use crate::build::{Saved, SavedMemory};
-use crate::machine::Machine;
-use crate::snapshot::{Snapshot, SnapshotError};
-
-/// Why guest memory cannot be the private mapping of a file; nothing if it can.
-fn not_copy_on_write(config: &VmConfig) -> Option<&'static str> {
-    let memory = &config.memory;
-    match () {
-        () if memory.shared => Some("memory.shared=on makes all of it visible to other processes"),
-        () if memory.hugepages => Some("memory.hugepages=on needs memory of its own"),
-        () => None,
-    }
-}
+use crate::snapshot::{Snapshot, SnapshotError, Template};
+use crate::stream::Stream;
 
 impl Vmm {
     /// Saves the machine, which is paused and stays so.
@@ -43,7 +35,7 @@ impl Vmm {
         let directory = from.directory().ok_or_else(|| SnapshotError::Url(from.source_url.clone()))?;
         self.event("vm", "restoring");
         let snapshot = Snapshot::open(directory)?;
-        self.check_cpu(&snapshot)?;
+        snapshot.check_cpu(&self.hypervisor.capabilities().cpuid)?;
         self.create(snapshot.config.clone())?;
         let result = self.build_saved(&snapshot, from);
         if result.is_err() {
@@ -52,19 +44,10 @@ impl Vmm {
         }
         self.event("vm", "restored");
         if from.resume {
-            self.with_machine(false, Machine::resume);
+            self.resume()?;
             self.event("vm", "resumed");
         }
         Ok(())
-    }
-
-    fn check_cpu(&self, snapshot: &Snapshot) -> Result<(), SnapshotError> {
-        let here = &self.hypervisor.capabilities().cpuid;
-        let lacking = snapshot.state.vcpus.first().map(|vcpu| arch::features::lacking(&vcpu.cpuid, here));
-        match lacking {
-            Some(lacking) if !lacking.is_empty() => Err(SnapshotError::Cpu(lacking)),
-            _ => Ok(()),
-        }
     }
 
     fn build_saved(&mut self, snapshot: &Snapshot, from: &RestoreConfig) -> Result<(), VmmError> {
@@ -75,10 +58,7 @@ impl Vmm {
                 Err(VmmError::State("memory_restore_mode=ondemand is not supported yet; use copyonwrite".into()))
             }
             MemoryRestoreMode::CopyOnWrite => {
-                if let Some(why) = not_copy_on_write(&snapshot.config) {
-                    let advice = "restore it with memory_restore_mode=copy";
-                    return Err(VmmError::State(format!("guest memory cannot be copy-on-write: {why}; {advice}")));
-                }
+                snapshot.check_copy_on_write()?;
                 memory.verify()?;
                 let file = memory.file().try_clone().map(Arc::new);
                 let file = file.map_err(|e| VmmError::State(format!("cannot map the snapshot's memory: {e}")))?;
@@ -90,5 +70,34 @@ impl Vmm {
     fn build_from(&mut self, snapshot: &Snapshot, memory: SavedMemory<'_>) -> Result<(), VmmError> {
         let saved = Saved { state: &snapshot.state, memory };
         self.build(&snapshot.state.plan, Some(saved))
+    }
+
+    /// Makes a machine like the one of `template`, which shares its memory until it changes it, and lets it run. `handed`
+    /// are descriptors for its serial port, its console and its devices.
+    ///
+    /// # Errors
+    /// If something the configuration names cannot be had.
+    pub(crate) fn clone_of(
+        &mut self,
+        template: &Template,
+        clone: &CloneConfig,
+        mut handed: BTreeMap<String, OwnedFd>,
+    ) -> Result<(), VmmError> {
+        let mut config = template.config.clone();
+        if let (Some(vsock), Some(path)) = (&mut config.vsock, &clone.vsock_socket) {
+            vsock.socket.clone_from(path);
+        }
+        for gpu in config.gpu.iter_mut().filter(|_| clone.wayland.is_some()) {
+            gpu.wayland.clone_from(&clone.wayland);
+        }
+        let mut stream = |name: &str, config: &ConsoleConfig| match handed.remove(name) {
+            Some(fd) => Stream::inherited(fd).map(Some),
+            None => Stream::open(config),
+        };
+        let (serial, console) = (stream("serial", &config.serial)?, stream("console", &config.console)?);
+        self.created = Some(Created { config, serial, console, listeners: handed, machine: None, paused: false });
+        let saved = Saved { state: &template.state, memory: SavedMemory::CopyOnWrite(&template.memory) };
+        self.build(&template.state.plan, Some(saved))?;
+        if clone.paused { Ok(()) } else { self.resume() }
     }
 }

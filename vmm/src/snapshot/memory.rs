@@ -23,9 +23,10 @@ const ZEROES: Sum = [0; blake3::OUT_LEN];
 
 /// A part of RAM that has a hash of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Chunk {
+pub(super) struct Chunk {
     guest: u64,
-    offset: u64,
+    /// Where it is in the file.
+    pub offset: u64,
     len: usize,
 }
 
@@ -109,9 +110,13 @@ impl MemoryFile {
         &self.path
     }
 
-    /// Reads all of it, compares the hashes, and calls `take` with each chunk that is not all zeroes and its guest
-    /// address.
-    fn read(&self, mut take: impl FnMut(u64, &[u8]) -> io::Result<()>) -> Result<(), SnapshotError> {
+    /// Bytes of RAM.
+    pub(super) fn len(&self) -> u64 {
+        self.ram.iter().map(|r| r.len).sum()
+    }
+
+    /// Reads all of it, compares the hashes, and calls `take` with each chunk that is not all zeroes.
+    pub(super) fn read(&self, mut take: impl FnMut(Chunk, &[u8]) -> io::Result<()>) -> Result<(), SnapshotError> {
         let mut buffer = vec![0; usize::try_from(CHUNK).unwrap_or(0)];
         let mut next_data = 0;
         for (chunk, expected) in chunks(&self.ram).zip(&self.sums) {
@@ -130,7 +135,7 @@ impl MemoryFile {
                 return Err(damaged(&self.path, format!("the bytes at {:#x} are not what was written", chunk.offset)));
             }
             if *expected != ZEROES {
-                take(chunk.guest, part).map_err(file_error("restore memory from", &self.path))?;
+                take(chunk, part).map_err(file_error("restore memory from", &self.path))?;
             }
         }
         Ok(())
@@ -158,7 +163,7 @@ impl MemoryFile {
     /// # Errors
     /// If it is damaged or cannot be read.
     pub fn copy_to(&self, memory: &Memory) -> Result<(), SnapshotError> {
-        self.read(|guest, part| memory.write_slice(part, GuestAddress(guest)).map_err(unreadable))
+        self.read(|chunk, part| memory.write_slice(part, GuestAddress(chunk.guest)).map_err(unreadable))
     }
 }
 

@@ -12,16 +12,19 @@
 mod manifest;
 mod memory;
 mod state;
+mod template;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use arch::cpuid::CpuidEntry;
 use vmm_config::{JsonError, VmConfig};
 
 use manifest::{FileSum, Manifest};
 pub use memory::MemoryFile;
 pub use state::{MachineState, SavedDevice};
+pub use template::Template;
 use virtio_devices::device::Memory;
 
 /// The version of the format that is written and read.
@@ -91,6 +94,9 @@ pub enum SnapshotError {
     /// The guest was told of features that this host's CPU does not have.
     #[error("the snapshot was taken on another kind of CPU; this one lacks {}", .0.join(", "))]
     Cpu(Vec<String>),
+    /// Guest memory has to be a machine's own.
+    #[error("guest memory cannot be copy-on-write: {0}; restore it with memory_restore_mode=copy")]
+    NotCopyOnWrite(&'static str),
     /// The machine cannot be saved as it is.
     #[error("{0}")]
     Unsaved(String),
@@ -132,6 +138,33 @@ impl Snapshot {
         let sums = read_verified(&directory.join(SUMS), &manifest.memory_sums, MAX_SUMS)?;
         let memory = MemoryFile::open(directory.join(MEMORY), &sums, &state.plan.ram)?;
         Ok(Self { config, state, memory })
+    }
+
+    /// Whether its guest can go on on a host that supports `cpuid`.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Cpu`].
+    pub fn check_cpu(&self, cpuid: &[CpuidEntry]) -> Result<(), SnapshotError> {
+        let lacking = self.state.vcpus.first().map(|vcpu| arch::features::lacking(&vcpu.cpuid, cpuid));
+        match lacking {
+            Some(lacking) if !lacking.is_empty() => Err(SnapshotError::Cpu(lacking)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether its memory can be the private mapping of a file.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotCopyOnWrite`].
+    pub fn check_copy_on_write(&self) -> Result<(), SnapshotError> {
+        let memory = &self.config.memory;
+        match () {
+            () if memory.shared => {
+                Err(SnapshotError::NotCopyOnWrite("memory.shared=on makes all of it visible to other processes"))
+            }
+            () if memory.hugepages => Err(SnapshotError::NotCopyOnWrite("memory.hugepages=on needs memory of its own")),
+            () => Ok(()),
+        }
     }
 
     /// Writes a snapshot into `directory`, which is made if it is not there. Whatever happens, it either holds all of
