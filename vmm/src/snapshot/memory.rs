@@ -125,13 +125,12 @@ impl MemoryFile {
                 next_data = self.next_data(chunk.offset).map_err(file_error("read", &self.path))?;
             }
             let part = buffer.get_mut(..chunk.len).unwrap_or_default();
-            if next_data >= end {
-                // A hole, which reads as zeroes.
-                part.fill(0);
-            } else {
+            // A hole reads as zeroes.
+            let hole = next_data >= end;
+            if !hole {
                 self.file.read_exact_at(part, chunk.offset).map_err(file_error("read", &self.path))?;
             }
-            if sum(part) != *expected {
+            if *expected != if hole { ZEROES } else { sum(part) } {
                 return Err(damaged(&self.path, format!("the bytes at {:#x} are not what was written", chunk.offset)));
             }
             if *expected != ZEROES {

@@ -2,10 +2,13 @@
 //!
 //!     bench boot [--json] [--runs N]      boot to init and memory overhead, where /dev/kvm is real
 //!     bench first-instruction [--json] [--runs N]     on /dev/kvm of any kind, with a guest of a few bytes
+//!     bench clone [--json] [--runs N]     the same; a clone to its first instruction, beside the least it could cost
 //!
 //! Where a rival is on PATH it runs in turn with ours, and its figures are compared.
 
 mod arms;
+mod clone;
+mod floor;
 mod report;
 
 use std::io::Read;
@@ -33,7 +36,9 @@ fn main() -> ExitCode {
         (Some("boot"), Some(Ok(runs))) => boot(runs),
         (Some("first-instruction"), None) => first_instruction(40),
         (Some("first-instruction"), Some(Ok(runs))) => first_instruction(runs),
-        _ => Err("usage: bench boot|first-instruction [--json] [--runs N]".into()),
+        (Some("clone"), None) => clone::first_instruction(40),
+        (Some("clone"), Some(Ok(runs))) => clone::first_instruction(runs),
+        _ => Err("usage: bench boot|first-instruction|clone [--json] [--runs N]".into()),
     };
     match result {
         Ok(reports) => {
@@ -129,8 +134,9 @@ fn boot(runs: usize) -> Result<Vec<Report>, Failure> {
             eprintln!("bench: run {} of {runs}: {}", run + 1, arm.name);
         }
     }
-    let mut reports = report::compare("boot_to_init", "s", &arms, &boot);
-    reports.extend(report::compare("vmm_overhead_kib", "KiB", &arms, &overhead));
+    let names: Vec<_> = arms.iter().map(|arm| arm.name).collect();
+    let mut reports = report::compare("boot_to_init", "s", &names, &boot);
+    reports.extend(report::compare("vmm_overhead_kib", "KiB", &names, &overhead));
     Ok(reports)
 }
 
@@ -147,7 +153,8 @@ fn first_instruction(runs: usize) -> Result<Vec<Report>, Failure> {
             cpu[i].add(running.cpu_ms()?);
         }
     }
-    let mut reports = report::compare("exec_to_first_instruction_cpu_ms", "ms", &arms, &cpu);
-    reports.extend(report::compare("exec_to_first_instruction_wall_ms", "ms", &arms, &wall));
+    let names: Vec<_> = arms.iter().map(|arm| arm.name).collect();
+    let mut reports = report::compare("exec_to_first_instruction_cpu_ms", "ms", &names, &cpu);
+    reports.extend(report::compare("exec_to_first_instruction_wall_ms", "ms", &names, &wall));
     Ok(reports)
 }

@@ -1,7 +1,5 @@
 //! Figures: minimum, median, 99th percentile, and the ratio of medians to a rival.
 
-use crate::arms::Arm;
-
 /// Measured values of one metric of one program.
 #[derive(Debug, Default, Clone)]
 pub struct Samples(Vec<f64>);
@@ -35,11 +33,11 @@ pub struct Report {
 }
 
 /// The figures of all arms, the first of which is ours, and ours against each of the others.
-pub fn compare(metric: &'static str, unit: &'static str, arms: &[Arm], samples: &[Samples]) -> Vec<Report> {
-    let of = |arm: &Arm, s: &Samples| Report {
+pub fn compare(metric: &'static str, unit: &'static str, arms: &[&'static str], samples: &[Samples]) -> Vec<Report> {
+    let of = |arm: &'static str, s: &Samples| Report {
         metric,
         unit,
-        of: arm.name,
+        of: arm,
         n: s.0.len(),
         min: s.percentile(0),
         p50: s.percentile(50),
@@ -50,7 +48,7 @@ pub fn compare(metric: &'static str, unit: &'static str, arms: &[Arm], samples: 
     if let (Some(us), Some(ours)) = (arms.first(), samples.first()) {
         for (arm, theirs) in arms.iter().zip(samples).skip(1) {
             let ratio = ours.percentile(50) / theirs.percentile(50);
-            reports.push(Report { versus: Some((arm.name, ratio)), ..of(us, ours) });
+            reports.push(Report { versus: Some((*arm, ratio)), ..of(us, ours) });
         }
     }
     reports
