@@ -7,6 +7,7 @@ mod platform;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ::devices::platform::VmGenIdError;
 use hypervisor::Hypervisor;
 use virtio_devices::gpu::RendererFactory;
 use virtio_devices::registry::{BuildError as DeviceError, Kind};
@@ -52,6 +53,9 @@ pub enum BuildError {
     /// ACPI tables cannot be made.
     #[error("cannot describe the machine to the guest: {0}")]
     Acpi(#[from] arch::acpi::Error),
+    /// The machine cannot be told apart from others.
+    #[error(transparent)]
+    Generation(#[from] VmGenIdError),
     /// The plan is not one of this program's: a defect, or a damaged snapshot.
     #[error("the machine's plan is inconsistent: {0}")]
     Plan(String),
