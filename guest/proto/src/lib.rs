@@ -26,10 +26,12 @@
 //! Both sides treat the other as hostile: every decoder here is total.
 
 mod frame;
+mod identity;
 mod link;
 mod message;
 
 pub use frame::{Decoder, MAX_FRAME, MAX_PAYLOAD, Message, ProtoError};
+pub use identity::{BootId, Hostname, Identity, IdentityError, MachineId, Seed};
 pub use link::{Link, LinkError};
 pub use message::{ExitStatus, FromAgent, Hello, Reply, Request, Run, ToAgent};
 
@@ -40,7 +42,7 @@ pub const AGENT_PORT: u32 = 5000;
 pub const READY_PORT: u32 = 5001;
 
 /// Version of this protocol; both sides must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Bytes of standard input that may be sent before the agent has granted more.
 pub const STDIN_WINDOW: usize = 64 * 1024;

@@ -3,6 +3,7 @@
 pub mod accounts;
 pub mod process;
 mod session;
+mod wake;
 
 use std::{
     io,
@@ -68,7 +69,7 @@ fn run() -> Result<(), AgentError> {
         }
         let counter = Arc::clone(&active);
         let started = thread::Builder::new().name("session".into()).spawn(move || {
-            if let Err(error) = session::serve(connection, crate::init::request_end) {
+            if let Err(error) = session::serve(connection, wake::wake, crate::init::request_end) {
                 say!("agent: {error}");
             }
             counter.fetch_sub(1, Ordering::SeqCst);
