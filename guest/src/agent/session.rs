@@ -22,7 +22,7 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open},
 };
 
-use super::{AgentLink, process, wake::WakeError};
+use super::{AgentLink, gate::Gate, process, wake::WakeError};
 use crate::init::Ending;
 
 /// Seconds the launcher has for its request, and for taking the last frame.
@@ -55,6 +55,7 @@ impl From<Errno> for SessionError {
 /// end.
 pub fn serve(
     connection: OwnedFd,
+    gate: &Gate,
     wake: impl Fn(&Identity) -> Result<(), WakeError>,
     end_vm: impl Fn(Ending) -> io::Result<()>,
 ) -> Result<(), SessionError> {
@@ -71,9 +72,10 @@ pub fn serve(
     };
     let (reply, ending) = match request {
         Request::Ping => (FromAgent::Reply(Reply::Pong { version: VERSION }), None),
-        Request::Wake(identity) => (wake(&identity).map_or_else(|error| failed(&error), |()| DONE), None),
+        Request::Wake(identity) => (gate.wake(|| wake(&identity)).map_or_else(|error| failed(&error), |()| DONE), None),
         Request::PowerOff => (DONE, Some(Ending::PowerOff)),
         Request::Reboot => (DONE, Some(Ending::Reboot)),
+        Request::Run(_) if !gate.is_awake() => (failed(&ASLEEP), None),
         Request::Run(run) => {
             let result = serve_run(&mut link, &run);
             if run.then_power_off {
@@ -89,6 +91,9 @@ pub fn serve(
     }
     Ok(finished?)
 }
+
+/// Why nothing runs in a VM that does not know that it is not its twin.
+const ASLEEP: &str = "the VM has not been woken since it was booted or restored: send it an identity first";
 
 const DONE: FromAgent = FromAgent::Reply(Reply::Done);
 
@@ -376,7 +381,7 @@ mod tests {
         let (a, b) = UnixStream::pair().unwrap();
         let (tell, endings) = mpsc::channel();
         let end = move |ending| tell.send(ending).map_err(io::Error::other);
-        let thread = thread::spawn(move || serve(b.into(), wake, end));
+        let thread = thread::spawn(move || serve(b.into(), &awake(), wake, end));
         let mut link = LauncherLink::new(a.into()).unwrap();
         link.queue(&ToAgent::Request(request)).unwrap();
         Session { link, thread, endings }
@@ -388,6 +393,12 @@ mod tests {
             0 => Err(WakeError::Seed(io::ErrorKind::PermissionDenied.into())),
             _ => Ok(()),
         }
+    }
+
+    fn awake() -> Gate {
+        let gate = Gate::default();
+        gate.wake(|| Ok::<_, SessionError>(())).unwrap();
+        gate
     }
 
     fn identity() -> Identity {
@@ -542,7 +553,7 @@ mod tests {
         let mut link = LauncherLink::new(a.into()).unwrap();
         link.queue(&ToAgent::Signal(9)).unwrap();
         link.flush().unwrap();
-        assert!(matches!(serve(b.into(), wake, |_| Ok(())), Err(SessionError::NoRequest)));
+        assert!(matches!(serve(b.into(), &awake(), wake, |_| Ok(())), Err(SessionError::NoRequest)));
     }
 
     #[test]
@@ -554,9 +565,37 @@ mod tests {
     }
 
     #[test]
+    fn nothing_runs_in_a_vm_that_was_not_woken() {
+        let gate = Gate::default();
+        let end_vm = |_| panic!("it ends");
+        let ask = |request| {
+            let (a, b) = UnixStream::pair().unwrap();
+            let mut link = LauncherLink::new(a.into()).unwrap();
+            link.queue(&ToAgent::Request(request)).unwrap();
+            thread::scope(|scope| {
+                let agent = scope.spawn(|| serve(b.into(), &gate, wake, end_vm));
+                let answer = link.exchange(20).unwrap();
+                drop(link);
+                let _ = agent.join().unwrap();
+                answer
+            })
+        };
+        let mut run = shell("");
+        run.then_power_off = true;
+        let asleep = FromAgent::Reply(Reply::Failed { message: ASLEEP.into() });
+        assert_eq!(ask(Request::Run(run)), asleep);
+        assert_eq!(ask(Request::Ping), FromAgent::Reply(Reply::Pong { version: VERSION }));
+        assert_eq!(ask(Request::Wake(identity())), DONE);
+        let answer = ask(Request::Run(shell("")));
+        assert!(matches!(answer, FromAgent::Reply(Reply::Started { .. })), "{answer:?}");
+        gate.sleep();
+        assert_eq!(ask(Request::Run(shell(""))), asleep);
+    }
+
+    #[test]
     fn a_request_that_makes_no_sense_is_answered() {
         let (a, b) = UnixStream::pair().unwrap();
-        let thread = thread::spawn(move || serve(b.into(), wake, |_| Ok(())));
+        let thread = thread::spawn(move || serve(b.into(), &awake(), wake, |_| Ok(())));
         let payload = br#"{"wake":{"seed":"00","realtime":1,"machine_id":"","boot_id":""}}"#;
         let frame = [&u32::try_from(payload.len() + 1).unwrap().to_le_bytes()[..], &[1], payload].concat();
         (&a).write_all(&frame).unwrap();
