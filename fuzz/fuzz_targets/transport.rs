@@ -38,8 +38,10 @@ fuzz_target!(|data: &[u8]| {
         msi: Arc::new(Nothing),
         doorbells: Arc::new(Nothing),
         thread_setup: Arc::new(|| Ok(())),
+        saved: None,
     })
     .expect("a PCI function");
+    transport.resume().expect("a thread");
     for step in data.chunks_exact(12) {
         let offset = u64::from(u16::from_le_bytes([step[1], step[2]]));
         let len = 1 << (step[3] % 4);

@@ -1,11 +1,12 @@
 //! A scripted machine: what tests of the VMM run on where there is no KVM.
 
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Capabilities, Error, Exit, ExitHandler, Hypervisor, MemorySlot, Vcpu, VcpuSetup, Vm};
+use crate::{Capabilities, Error, Exit, ExitHandler, Hypervisor, MemorySlot, Vcpu, VcpuSetup, VcpuState, Vm};
 
 /// One thing the fake vCPU does.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub struct Log {
     pub msis: Vec<(u64, u32)>,
     /// Results of [`Step::PortRead`].
     pub port_reads: Vec<u8>,
+    /// The guest's clock.
+    pub clock: u64,
     /// Calls in order, by name.
     pub calls: Vec<&'static str>,
 }
@@ -61,6 +64,10 @@ impl Hypervisor for FakeHypervisor {
 
     fn software_only(&self) -> bool {
         false
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     fn create_vm(&self) -> Result<Arc<dyn Vm>, Error> {
@@ -106,6 +113,15 @@ impl Vm for FakeVm {
         note(&self.log, |l| l.msis.push((address, data)));
         Ok(())
     }
+
+    fn clock(&self) -> Result<u64, Error> {
+        Ok(self.log.lock().unwrap_or_else(PoisonError::into_inner).clock)
+    }
+
+    fn set_clock(&self, nanoseconds: u64) -> Result<(), Error> {
+        note(&self.log, |l| l.clock = nanoseconds);
+        Ok(())
+    }
 }
 
 struct FakeVcpu {
@@ -140,6 +156,15 @@ impl Vcpu for FakeVcpu {
     }
 
     fn complete_access(&mut self, _: &mut dyn ExitHandler) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn save(&self) -> Result<VcpuState, Error> {
+        Ok(VcpuState::default())
+    }
+
+    fn restore(&mut self, _: &VcpuState) -> Result<(), Error> {
+        note(&self.log, |l| l.calls.push("restore"));
         Ok(())
     }
 

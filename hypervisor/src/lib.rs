@@ -8,11 +8,13 @@ pub mod fake;
 pub mod kvm;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use arch::cpuid::CpuidEntry;
 use arch::msr::MsrEntry;
 use arch::regs::{CpuRegs, FpuRegs};
+pub use kvm::VcpuState;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Why the hypervisor cannot be used, or refused something.
@@ -99,6 +101,9 @@ pub trait Hypervisor: Send + Sync {
     /// failed: finding out takes time.
     fn software_only(&self) -> bool;
 
+    /// What a process that was forked has to keep open in order to use it.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>>;
+
     /// Makes an empty machine.
     ///
     /// # Errors
@@ -149,6 +154,18 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// If no interrupt controller takes it.
     fn signal_msi(&self, address: u64, data: u32) -> Result<(), Error>;
+
+    /// The guest's paravirtual clock, in nanoseconds since the machine began.
+    ///
+    /// # Errors
+    /// If the hypervisor fails.
+    fn clock(&self) -> Result<u64, Error>;
+
+    /// Lets that clock go on from `nanoseconds`.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses.
+    fn set_clock(&self, nanoseconds: u64) -> Result<(), Error>;
 }
 
 /// What the machine's devices answer during [`Vcpu::run`].
@@ -199,6 +216,18 @@ pub trait Vcpu: Send {
     /// # Errors
     /// If the hypervisor fails.
     fn complete_access(&mut self, handler: &mut dyn ExitHandler) -> Result<(), Error>;
+
+    /// The state of a vCPU that is not running and has no access left half done.
+    ///
+    /// # Errors
+    /// If the hypervisor fails.
+    fn save(&self) -> Result<VcpuState, Error>;
+
+    /// Gives a new vCPU the state of another one, instead of [`Vcpu::setup`]. The machine's clock is set before.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses a value.
+    fn restore(&mut self, state: &VcpuState) -> Result<(), Error>;
 
     /// Tells the guest's clock that the machine was paused, so that its watchdogs do not fire.
     fn notify_paused(&self);

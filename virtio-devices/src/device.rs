@@ -26,6 +26,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -167,6 +168,12 @@ impl ConfigSpace {
     pub fn bytes(&self) -> Vec<u8> {
         self.lock().bytes.clone()
     }
+
+    /// Takes over what the driver of a snapshot wrote, and its generation; what only the device writes stays.
+    pub fn restore(&self, saved: &[u8], generation: u8) {
+        self.write(0, saved);
+        self.lock().generation = generation;
+    }
 }
 
 /// How a device reaches the driver: implemented by the transport (MSI-X) and by the test kit (counters).
@@ -243,8 +250,50 @@ pub struct SavedState {
     pub kind: String,
     /// Version of `body`; a kind refuses what it does not know.
     pub version: u32,
-    /// The kind's own serde state.
-    pub body: serde_json::Value,
+    /// The kind's own serde state, in postcard's wire format.
+    pub body: Vec<u8>,
+}
+
+/// Why a device cannot take over a [`SavedState`].
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// It is another kind's, or of a version that this program does not know.
+    #[error("the saved state is {kind} version {version}, not {wanted}")]
+    Unknown {
+        /// The kind that wrote it.
+        kind: String,
+        /// The version it wrote.
+        version: u32,
+        /// What is understood.
+        wanted: String,
+    },
+    /// It is not what the kind writes.
+    #[error("the saved state is damaged")]
+    Damaged,
+}
+
+impl SavedState {
+    /// The state of a device of the kind `kind`.
+    #[must_use]
+    pub fn new<T: Serialize>(kind: &str, version: u32, state: &T) -> Self {
+        // Plain structs always have a form; what had none would be refused as damaged when it is read.
+        Self { kind: kind.to_owned(), version, body: postcard::to_allocvec(state).unwrap_or_default() }
+    }
+
+    /// Reads it as what the kind `kind` writes.
+    ///
+    /// # Errors
+    /// If it is something else.
+    pub fn read<T: DeserializeOwned>(&self, kind: &str, version: u32) -> Result<T, StateError> {
+        if self.kind != kind || self.version != version {
+            let wanted = format!("{kind} {version}");
+            return Err(StateError::Unknown { kind: self.kind.clone(), version: self.version, wanted });
+        }
+        match postcard::take_from_bytes(&self.body) {
+            Ok((state, [])) => Ok(state),
+            _ => Err(StateError::Damaged),
+        }
+    }
 }
 
 /// A virtio device. See the module for who calls what when.

@@ -57,6 +57,8 @@ pub struct BuildContext<'a> {
     pub window: Option<WindowAddress>,
     /// Ends of the virtio-console, opened by the VMM (they exist before the machine does).
     pub console: Option<ConsoleEnds>,
+    /// A listening socket that was handed down for the device, instead of one that it makes.
+    pub listener: Option<OwnedFd>,
     /// The engine behind virtio-gpu.
     pub renderer: &'a dyn crate::gpu::RendererFactory,
     /// The device's state in a snapshot, if this is a restore.

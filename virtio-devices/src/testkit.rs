@@ -439,7 +439,8 @@ pub fn build(
             WindowAddress { guest: GuestAddress(1 << 40), len }
         }
     });
-    (kind.build)(BuildContext { config, request, window, console, renderer, saved: None }).map(|built| built.device)
+    (kind.build)(BuildContext { config, request, window, console, listener: None, renderer, saved: None })
+        .map(|built| built.device)
 }
 
 /// Offers chains made from `bytes` to every queue of the device: garbage lengths, addresses, flags and indices. For

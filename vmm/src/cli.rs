@@ -10,7 +10,7 @@ use clap::{Arg, ArgAction, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use thiserror::Error;
 use vmm_config::{
     ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, GpuConfig, LandlockRule, MemoryConfig, PayloadConfig,
-    PlatformConfig, PmemConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+    PlatformConfig, PmemConfig, RestoreConfig, RngConfig, SerialConfig, VmConfig, VsockConfig, ZygoteConfig,
 };
 
 /// Flags of Cloud Hypervisor's with a meaning we do not carry out yet: refused by name instead of as unknown.
@@ -32,7 +32,6 @@ const NOT_SUPPORTED: &[&str] = &[
     "pvmemcontrol",
     "pvpanic",
     "rate-limit-group",
-    "restore",
     "rtc",
     "tpm",
     "user-device",
@@ -107,6 +106,13 @@ pub struct Cli {
     /// Graphics: cross-domain,wayland=SOCKET shows the guest's windows on the Wayland compositor at SOCKET
     #[arg(long, value_name = "KEYS", num_args = 1.., value_parser = GpuConfig::parse)]
     pub gpu: Vec<GpuConfig>,
+    /// Go on with a machine from a snapshot: source_url=file:///DIR,memory_restore_mode=copy|ondemand|copyonwrite,resume=true
+    #[arg(long, value_name = "KEYS", value_parser = RestoreConfig::parse, conflicts_with_all = ["kernel", "firmware"])]
+    pub restore: Option<RestoreConfig>,
+    /// Make clones of a snapshot for whoever asks on a socket: source_url=file:///DIR,socket=PATH
+    #[arg(long, value_name = "KEYS", value_parser = ZygoteConfig::parse,
+          conflicts_with_all = ["kernel", "firmware", "restore", "api_socket", "event_monitor"])]
+    pub zygote: Option<ZygoteConfig>,
     /// Properties of the machine: num_pci_segments=1
     #[arg(long, value_name = "KEYS", value_parser = PlatformConfig::parse)]
     pub platform: Option<PlatformConfig>,
@@ -216,10 +222,12 @@ impl Cli {
                 format!("--{flag} describes a machine, but there is nothing to boot: give --kernel FILE too"),
             );
         }
-        if !boots && cli.api_socket.is_none() {
+        if !boots && cli.restore.is_none() && cli.zygote.is_none() && cli.api_socket.is_none() {
             return fail(
                 ErrorKind::MissingRequiredArgument,
-                "nothing to do: give --kernel FILE to boot a machine, or --api-socket PATH to wait for requests".into(),
+                "nothing to do: give --kernel FILE to boot a machine, --restore to go on with one, or --api-socket PATH to wait \
+                 for requests"
+                    .into(),
             );
         }
         if let (Some(Endpoint::Path(api)), Some(vsock)) = (&cli.api_socket, &cli.vsock)

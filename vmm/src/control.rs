@@ -1,5 +1,7 @@
 //! The control thread: owns the machine, answers requests, hears of signals, input and what the guest does.
 
+mod saving;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -15,12 +17,13 @@ use vmm_api::{Failure, PingInfo, Reply, Request, Response, Server, VmInfo, VmSta
 use vmm_config::{HostFacts, ProblemKind, VmConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::build::{BuildError, Confinement, Ingredients, build};
+use crate::build::{BuildError, Confinement, Ingredients, Saved, build};
 use crate::events::EventMonitor;
 use crate::lifecycle::{Decision, decide};
 use crate::machine::{InputState, Machine, MachineEvent};
 use crate::plan::{Plan, PlanError, PlanFacts};
 use crate::sandbox::{Files, LandlockError};
+use crate::snapshot::SnapshotError;
 use crate::stream::{Stream, StreamError};
 
 /// Why the VMM cannot do what it was asked.
@@ -44,6 +47,9 @@ pub enum VmmError {
     /// The process cannot be confined to the machine's files.
     #[error(transparent)]
     Landlock(#[from] LandlockError),
+    /// The snapshot cannot be taken, or not be used.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// Not now.
     #[error("{0}")]
     State(String),
@@ -73,6 +79,8 @@ struct Created {
     config: VmConfig,
     serial: Option<Stream>,
     console: Option<Stream>,
+    /// Listening sockets that were handed down, by the identifier of their device.
+    listeners: BTreeMap<String, OwnedFd>,
     machine: Option<Machine>,
     paused: bool,
 }
@@ -195,7 +203,8 @@ impl Vmm {
         if let Some(path) = console.as_ref().and_then(Stream::path) {
             config.console.file = Some(path.clone());
         }
-        self.created = Some(Created { config, serial, console, machine: None, paused: false });
+        let listeners = BTreeMap::new();
+        self.created = Some(Created { config, serial, console, listeners, machine: None, paused: false });
         Ok(())
     }
 
@@ -206,31 +215,39 @@ impl Vmm {
     pub fn boot(&mut self) -> Result<(), VmmError> {
         let physical_bits = arch::cpuid::physical_bits(&self.hypervisor.capabilities().cpuid);
         let max_vcpus = self.hypervisor.capabilities().max_vcpus;
-        self.generation += 1;
-        let report = self.reporter(self.generation);
         self.event("vm", "booting");
-        let created = self.created.as_mut().ok_or_else(|| VmmError::State("there is no machine to boot".into()))?;
+        let created = self.created.as_ref().ok_or_else(no_machine)?;
         let facts = PlanFacts { host: host_facts(&created.config, max_vcpus), physical_bits };
         let missing = created.config.check(&facts.host).into_iter().find(|p| p.kind == ProblemKind::NoPayload);
         if let Some(problem) = missing {
             return Err(VmmError::Config(vec![problem.to_string()]));
         }
         let plan = Plan::new(&created.config, &facts)?;
+        self.build(&plan, None)?;
+        self.resume()?;
+        self.event("vm", "booted");
+        Ok(())
+    }
+
+    /// Builds the machine that was created; it is paused.
+    fn build(&mut self, plan: &Plan, saved: Option<Saved<'_>>) -> Result<(), VmmError> {
+        self.generation += 1;
+        let report = self.reporter(self.generation);
+        let created = self.created.as_mut().ok_or_else(no_machine)?;
         self.files.confine(&created.config, &self.own_sockets)?;
-        let machine = build(&Ingredients {
+        created.machine = Some(build(&Ingredients {
             config: &created.config,
-            plan: &plan,
+            plan,
             hypervisor: self.hypervisor.as_ref(),
             serial: created.serial.as_ref(),
             console: created.console.as_ref(),
+            listeners: &created.listeners,
             renderer: self.renderer.as_ref(),
             confinement: self.confinement.as_ref(),
             report,
-        })?;
-        machine.resume();
-        created.machine = Some(machine);
-        created.paused = false;
-        self.event("vm", "booted");
+            saved,
+        })?);
+        created.paused = true;
         Ok(())
     }
 
@@ -314,12 +331,23 @@ impl Vmm {
             }
             Request::VmResume => {
                 self.event("vm", "resuming");
-                self.with_machine(false, Machine::resume);
+                self.resume().map_err(|e| failure(&e))?;
                 self.event("vm", "resumed");
             }
+            Request::VmSnapshot(to) => self.snapshot(&to).map_err(|e| failure(&e))?,
+            Request::VmRestore(from) => self.restore(&from).map_err(|e| failure(&e))?,
+            // Refused before.
+            Request::VmClone(_) => {}
             Request::VmPowerButton => self.with_machine(false, Machine::press_power_button),
         }
         Ok(Reply::Done)
+    }
+
+    fn resume(&mut self) -> Result<(), VmmError> {
+        let Some(created) = &mut self.created else { return Ok(()) };
+        created.paused = false;
+        let Some(machine) = &created.machine else { return Ok(()) };
+        machine.resume().map_err(|source| BuildError::Host { what: "start a device's thread", source }.into())
     }
 
     fn with_machine(&mut self, paused: bool, act: impl FnOnce(&Machine)) {
@@ -383,17 +411,21 @@ impl Vmm {
     }
 }
 
+fn no_machine() -> VmmError {
+    VmmError::State("there is no machine to boot".into())
+}
+
 fn failure(error: &VmmError) -> Failure {
     Failure::because(error)
 }
 
-fn ping() -> PingInfo {
+pub(crate) fn ping() -> PingInfo {
     let version = format!("v{}", env!("CARGO_PKG_VERSION"));
     PingInfo { build_version: version.clone(), version, pid: i64::from(std::process::id()), features: Vec::new() }
 }
 
 /// What the configuration's check and the plan need to know of this host.
-fn host_facts(config: &VmConfig, max_vcpus: u32) -> HostFacts {
+pub(crate) fn host_facts(config: &VmConfig, max_vcpus: u32) -> HostFacts {
     let info = rustix::system::sysinfo();
     let size = |path: &PathBuf| Some((path.clone(), std::fs::metadata(path).ok()?.len()));
     HostFacts {
@@ -425,7 +457,7 @@ impl Control {
             wanted.insert(SIGNAL, signals.as_raw_fd());
         }
         if let Some(created) = &vmm.created
-            && let Some(serial) = created.machine.as_ref().and_then(|m| m.serial.as_ref())
+            && let Some(serial) = created.machine.as_ref().and_then(Machine::serial)
             && let Some(input) = created.serial.as_ref().and_then(Stream::input)
         {
             wanted.insert(DRAINED, serial.drained.as_raw_fd());
@@ -480,8 +512,7 @@ impl Control {
     }
 
     fn drained(&mut self) {
-        if let Some(serial) = self.vmm.created.as_ref().and_then(|c| c.machine.as_ref()).and_then(|m| m.serial.as_ref())
-        {
+        if let Some(serial) = self.vmm.created.as_ref().and_then(|c| c.machine.as_ref()).and_then(Machine::serial) {
             let _ = serial.drained.read();
         }
         self.input_full = false;

@@ -16,7 +16,9 @@ pub mod memory;
 pub mod panics;
 pub mod plan;
 pub mod sandbox;
+pub mod snapshot;
 pub mod stream;
 pub mod vcpu;
+pub mod zygote;
 
 pub use control::{Outcome, Vmm, VmmError};

@@ -7,7 +7,7 @@
 //!       │      delete      │  └──── shutdown ─────┘         resume          │
 //!       └──────────────────┴◀──────────────── shutdown ─────────────────────┘
 //! ```
-//! `reboot` leads from Running or Paused to Running. `delete` is admitted everywhere and shuts down first. `ping` and
+//! `restore` leads from NotCreated to Paused, or with `resume` to Running; `snapshot` is admitted in Paused. `reboot` leads from Running or Paused to Running. `delete` is admitted everywhere and shuts down first. `ping` and
 //! `vmm.shutdown` are admitted everywhere; `info` as soon as a machine is created.
 
 use vmm_api::{Action, Failure, VmState};
@@ -30,22 +30,32 @@ pub enum Decision {
 #[must_use]
 pub fn decide(state: State, action: Action) -> Decision {
     use Action::{
-        VmBoot, VmCreate, VmDelete, VmInfo, VmPause, VmPowerButton, VmReboot, VmResume, VmShutdown, VmmPing,
-        VmmShutdown,
+        VmBoot, VmClone, VmCreate, VmDelete, VmInfo, VmPause, VmPowerButton, VmReboot, VmRestore, VmResume, VmShutdown,
+        VmSnapshot, VmmPing, VmmShutdown,
     };
     use VmState::{Created, Paused, Running, Shutdown};
     match (action, state) {
         (VmmPing | VmmShutdown, _) => Decision::Admit,
-        (VmCreate, None) | (VmInfo | VmDelete, Some(_)) | (VmBoot, Some(Created | Shutdown)) => Decision::Admit,
-        (VmPause | VmPowerButton, Some(Running)) | (VmResume, Some(Paused)) => Decision::Admit,
+        (VmCreate | VmRestore, None) | (VmInfo | VmDelete, Some(_)) | (VmBoot, Some(Created | Shutdown)) => {
+            Decision::Admit
+        }
+        (VmPause | VmPowerButton, Some(Running)) | (VmResume | VmSnapshot, Some(Paused)) => Decision::Admit,
         (VmShutdown | VmReboot, Some(Running | Paused)) => Decision::Admit,
         (VmDelete, None) => Decision::Nothing,
-        (VmCreate, Some(_)) => Decision::Refuse(Failure::AlreadyCreated),
+        (VmClone, _) => {
+            Decision::Refuse(Failure::Other(vec!["only a zygote makes clones; start one with --zygote".into()]))
+        }
+        (VmCreate | VmRestore, Some(_)) => Decision::Refuse(Failure::AlreadyCreated),
         (VmInfo | VmBoot, None) => Decision::Refuse(Failure::NotCreated),
         (VmBoot, Some(Running | Paused)) => Decision::Refuse(Failure::AlreadyRunning),
         (VmPause, Some(Paused)) => Decision::Refuse(Failure::Other(vec!["VM is already paused".into()])),
         (VmResume, Some(Running)) => Decision::Refuse(Failure::Other(vec!["VM is not paused".into()])),
-        (VmPause | VmResume | VmShutdown | VmReboot | VmPowerButton, _) => Decision::Refuse(Failure::NotRunning),
+        (VmSnapshot, Some(Running)) => {
+            Decision::Refuse(Failure::Other(vec!["VM is running; pause it before taking a snapshot".into()]))
+        }
+        (VmPause | VmResume | VmShutdown | VmReboot | VmPowerButton | VmSnapshot, _) => {
+            Decision::Refuse(Failure::NotRunning)
+        }
     }
 }
 
@@ -62,11 +72,12 @@ mod tests {
             Action::VmBoot | Action::VmResume | Action::VmReboot => Some(VmState::Running),
             Action::VmPause => Some(VmState::Paused),
             Action::VmDelete => None,
+            Action::VmRestore => Some(VmState::Paused),
             _ => state,
         }
     }
 
-    const ALL: [Action; 11] = [
+    const ALL: [Action; 14] = [
         Action::VmmPing,
         Action::VmmShutdown,
         Action::VmCreate,
@@ -78,6 +89,9 @@ mod tests {
         Action::VmDelete,
         Action::VmReboot,
         Action::VmPowerButton,
+        Action::VmSnapshot,
+        Action::VmRestore,
+        Action::VmClone,
     ];
 
     #[test]

@@ -4,7 +4,8 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use arch::layout::port::GED_EVENT_POWER_BUTTON;
-use devices::legacy::Serial;
+use devices::legacy::{IoApic, Serial};
+use devices::pci::LegacyConfig;
 use devices::platform::GenericEvent;
 use hypervisor::Vm;
 use virtio_devices::device::Memory;
@@ -12,6 +13,8 @@ use virtio_devices::mapping::Mapping;
 use virtio_devices::transport::PciTransport;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::plan::Plan;
+use crate::snapshot::{MachineState, SavedDevice, SnapshotError};
 use crate::vcpu::Vcpus;
 
 /// What a running machine tells its owner.
@@ -29,11 +32,28 @@ pub enum MachineEvent {
 pub struct Machine {
     pub(crate) vcpus: Vcpus,
     pub(crate) transports: Vec<Arc<PciTransport>>,
-    pub(crate) serial: Option<SerialPort>,
-    pub(crate) power_button: Arc<GenericEvent>,
-    pub(crate) _vm: Arc<dyn Vm>,
+    pub(crate) parts: Parts,
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) plan: Plan,
     pub(crate) _windows: Vec<Arc<Mutex<Mapping>>>,
-    pub(crate) _ram: Memory,
+    pub(crate) ram: Memory,
+}
+
+/// What is on the board beside vCPUs and virtio devices.
+pub(crate) struct Parts {
+    pub serial: Option<SerialPort>,
+    pub events: Arc<GenericEvent>,
+    pub ioapic: Arc<IoApic>,
+    pub pci: Arc<LegacyConfig>,
+}
+
+impl Parts {
+    /// Takes over what a snapshot says of them; the serial port was made with its part.
+    pub fn restore(&self, saved: &MachineState) {
+        self.events.restore(saved.events);
+        self.ioapic.restore(&saved.ioapic);
+        self.pci.set_address(saved.pci_address);
+    }
 }
 
 /// The serial port and the signal that it wants more input.
@@ -43,11 +63,14 @@ pub(crate) struct SerialPort {
 }
 
 impl Machine {
-    /// Starts the vCPUs, for the first time or after [`Machine::pause`]. Devices go first, so that no vCPU waits for
-    /// one.
-    pub fn resume(&self) {
-        self.transports.iter().for_each(|t| t.resume());
+    /// Starts the vCPUs, for the first time or after [`Machine::pause`], then the devices: what vCPUs want of them
+    /// meanwhile waits, and the guest is running that much sooner.
+    ///
+    /// # Errors
+    /// If the host has no thread left for a device.
+    pub fn resume(&self) -> io::Result<()> {
         self.vcpus.run();
+        self.transports.iter().try_for_each(|t| t.resume())
     }
 
     /// Stops vCPUs, then devices. When this returns nothing changes the machine's state.
@@ -56,9 +79,44 @@ impl Machine {
         self.transports.iter().for_each(|t| t.pause());
     }
 
+    /// The state of the machine, which is paused.
+    ///
+    /// # Errors
+    /// If a part is gone, or cannot be read.
+    pub fn save(&self) -> Result<MachineState, SnapshotError> {
+        let device = |transport: &Arc<PciTransport>| {
+            let gone =
+                || SnapshotError::Unsaved(format!("the device {} has failed and cannot be saved", transport.id()));
+            let (state, device) = transport.save().ok_or_else(gone)?;
+            Ok(SavedDevice { id: transport.id().to_owned(), transport: state, device })
+        };
+        let hypervisor = |e: hypervisor::Error| SnapshotError::Unsaved(e.to_string());
+        Ok(MachineState {
+            plan: self.plan.clone(),
+            clock: self.vm.clock().map_err(hypervisor)?,
+            ioapic: self.parts.ioapic.save(),
+            serial: self.parts.serial.as_ref().map(|s| s.port.save()),
+            events: self.parts.events.pending(),
+            pci_address: self.parts.pci.address(),
+            devices: self.transports.iter().map(device).collect::<Result<_, SnapshotError>>()?,
+            vcpus: self.vcpus.save().map_err(hypervisor)?,
+        })
+    }
+
+    /// Guest RAM.
+    #[must_use]
+    pub fn ram(&self) -> &Memory {
+        &self.ram
+    }
+
+    /// The serial port, if there is one.
+    pub(crate) fn serial(&self) -> Option<&SerialPort> {
+        self.parts.serial.as_ref()
+    }
+
     /// Presses the power button.
     pub fn press_power_button(&self) {
-        self.power_button.raise(GED_EVENT_POWER_BUTTON);
+        self.parts.events.raise(GED_EVENT_POWER_BUTTON);
     }
 
     /// Gives the serial port as much of `read`'s input as it has room for. Says whether it wants more now, and whether
@@ -67,7 +125,7 @@ impl Machine {
     /// # Errors
     /// What `read` answers.
     pub(crate) fn serial_input(&self, read: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Result<InputState> {
-        let Some(serial) = &self.serial else { return Ok(InputState::Ended) };
+        let Some(serial) = &self.parts.serial else { return Ok(InputState::Ended) };
         let mut buffer = [0; 64];
         let room = serial.port.room().min(buffer.len());
         let part = buffer.get_mut(..room).unwrap_or_default();

@@ -1,14 +1,15 @@
-//! Guest RAM: private anonymous memory, or a memfd that other processes may map.
+//! Guest RAM: private anonymous memory, a memfd that other processes may map, or a private mapping of a snapshot.
 #![expect(unsafe_code, reason = "memory slots are promised to KVM")]
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 use hypervisor::{MemorySlot, Vm};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use virtio_devices::device::Memory;
 use virtio_devices::mapping::Mapping;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use crate::plan::{PlannedRam, PlannedWindow};
 
@@ -26,6 +27,31 @@ pub enum MemoryError {
     /// KVM refused.
     #[error(transparent)]
     Hypervisor(#[from] hypervisor::Error),
+}
+
+/// RAM as planned that shows a snapshot's memory, which is `file`; what the guest writes stays its own.
+///
+/// # Errors
+/// If the host refuses.
+pub fn map_private(ram: &[PlannedRam], file: &Arc<File>) -> Result<Memory, MemoryError> {
+    let bytes: u64 = ram.iter().map(|r| r.len).sum();
+    let fail = |source| MemoryError::Allocate { bytes, source };
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for range in ram {
+        let len = usize::try_from(range.len).map_err(|e| fail(io::Error::other(e)))?;
+        let region = MmapRegion::build(
+            Some(FileOffset::from_arc(file.clone(), offset)),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+        );
+        let region = region.map_err(|e| fail(io::Error::other(e)))?;
+        let region = GuestRegionMmap::new(region, GuestAddress(range.start));
+        regions.push(region.ok_or_else(|| fail(io::ErrorKind::InvalidInput.into()))?);
+        offset = offset.saturating_add(range.len);
+    }
+    Memory::from_regions(regions).map_err(|e| fail(io::Error::other(e)))
 }
 
 /// Allocates RAM as planned; `shared` makes it a memfd.

@@ -5,7 +5,7 @@
 
 use arch::layout::{self, HighWindows, MEMORY_ALIGNMENT, PCI_MMIO32, Window};
 use serde::{Deserialize, Serialize};
-use virtio_devices::registry::{KINDS, WindowRequest};
+use virtio_devices::registry::{KINDS, Kind, WindowRequest};
 use virtio_devices::transport::BAR0_SIZE;
 use vm_allocator::{AddressAllocator, AllocPolicy};
 use vmm_config::{ConsoleMode, HostFacts, VmConfig};
@@ -169,6 +169,53 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// Whether this plan, which comes from a snapshot, is one of a machine with `config`: everything of it is there once,
+    /// and nothing lies over anything else.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self, config: &VmConfig) -> Result<(), String> {
+        let requests = |kind: &&Kind| (kind.requests)(config, &HostFacts::default());
+        let wanted: Vec<_> =
+            KINDS.iter().flat_map(|k| requests(k).into_iter().map(|r| (k.name.to_owned(), r.id, r.index))).collect();
+        let planned: Vec<_> = self.devices.iter().map(|d| (d.kind.clone(), d.id.clone(), d.index)).collect();
+        if wanted != planned {
+            return Err(format!("its plan has the devices {planned:?} instead of {wanted:?}"));
+        }
+        if self.vcpus != config.cpus.boot_vcpus || self.serial != (config.serial.mode != ConsoleMode::Off) {
+            return Err("its plan and its configuration are of different machines".into());
+        }
+        let ram = self.ram.iter().try_fold(0u64, |sum, r| sum.checked_add(r.len));
+        if ram != Some(config.memory.size) {
+            return Err(format!("its plan has no {} bytes of RAM", config.memory.size));
+        }
+        let mut ranges: Vec<(u64, u64)> = self.ram.iter().map(|r| (r.start, r.len)).collect();
+        ranges.extend(self.devices.iter().map(|d| (d.bar0, BAR0_SIZE)));
+        ranges.extend(self.devices.iter().filter_map(|d| d.window).map(|w| (w.start, w.len)));
+        let mut slots: Vec<u32> = self.ram.iter().map(|r| r.slot).collect();
+        slots.extend(self.devices.iter().filter_map(|d| d.window).map(|w| w.slot));
+        ranges.sort_unstable();
+        slots.sort_unstable();
+        let aligned = |(start, len): &(u64, u64)| *len > 0 && start.is_multiple_of(PAGE) && len.is_multiple_of(PAGE);
+        let apart = |pair: &[(u64, u64)]| match *pair {
+            [(start, len), (next, _)] => start.checked_add(len).is_some_and(|end| end <= next),
+            _ => true,
+        };
+        let inside = ranges.last().is_none_or(|(start, len)| start.checked_add(*len).is_some());
+        if !inside || !ranges.iter().all(aligned) || !ranges.windows(2).all(apart) {
+            return Err(format!("its plan has ranges that overlap or begin in the middle of a page: {ranges:x?}"));
+        }
+        if slots.windows(2).any(|pair| pair.first() == pair.last()) {
+            return Err("its plan uses a memory slot twice".into());
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of the smallest page.
+const PAGE: u64 = 4096;
+
 fn allocator(window: Window) -> Option<AddressAllocator> {
     AddressAllocator::new(window.start, window.size).ok()
 }
@@ -222,23 +269,33 @@ mod tests {
         assert!(matches!(Plan::new(&many, &facts(&[])), Err(PlanError::Slots(_))));
     }
 
+    #[test]
+    fn a_plan_is_told_from_one_that_was_tampered_with() {
+        let (config, plan) = (application(), Plan::new(&application(), &facts(&[("/a", 1 << 20), ("/b", 5)])).unwrap());
+        plan.check(&config).unwrap();
+        let refused = |change: &dyn Fn(&mut Plan)| {
+            let mut plan = plan.clone();
+            change(&mut plan);
+            plan.check(&config).unwrap_err()
+        };
+        assert!(refused(&|p| p.vcpus = 3).contains("different machines"));
+        assert!(refused(&|p| p.serial = false).contains("different machines"));
+        assert!(refused(&|p| p.ram[0].len += 4096).contains("bytes of RAM"));
+        assert!(refused(&|p| drop(p.devices.pop())).contains("devices"));
+        assert!(refused(&|p| p.devices[0].kind = "blk".into()).contains("devices"));
+        assert!(refused(&|p| p.devices[0].bar0 = 0).contains("overlap"));
+        assert!(refused(&|p| p.devices[0].bar0 += 1).contains("page"));
+        assert!(refused(&|p| p.devices[1].window.as_mut().unwrap().len = !4095).contains("overlap"));
+        assert!(refused(&|p| p.devices[1].window.as_mut().unwrap().slot = 0).contains("slot"));
+    }
+
     proptest! {
         #[test]
         fn nothing_overlaps(a in 0u64..1 << 33, b in 0u64..1 << 33, ram in 1u64..1 << 24) {
             let mut config = application();
             config.memory.size = ram << 12;
             let Ok(plan) = Plan::new(&config, &facts(&[("/a", a), ("/b", b)])) else { return Ok(()) };
-            let mut ranges: Vec<(u64, u64)> = plan.ram.iter().map(|r| (r.start, r.len)).collect();
-            ranges.extend(plan.devices.iter().map(|d| (d.bar0, BAR0_SIZE)));
-            ranges.extend(plan.devices.iter().filter_map(|d| d.window).map(|w| (w.start, w.len)));
-            ranges.sort_unstable();
-            for pair in ranges.windows(2) {
-                prop_assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:x?}");
-            }
-            let mut slots: Vec<u32> = plan.ram.iter().map(|r| r.slot).collect();
-            slots.extend(plan.devices.iter().filter_map(|d| d.window).map(|w| w.slot));
-            let distinct: std::collections::BTreeSet<_> = slots.iter().collect();
-            prop_assert_eq!(distinct.len(), slots.len());
+            prop_assert_eq!(plan.check(&config), Ok(()));
         }
     }
 }

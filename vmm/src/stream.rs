@@ -126,6 +126,19 @@ impl Stream {
         Ok(Some(stream))
     }
 
+    /// Uses a descriptor that was handed down, for whichever directions it was opened.
+    ///
+    /// # Errors
+    /// If the process has no descriptor left.
+    pub fn inherited(fd: OwnedFd) -> Result<Self, StreamError> {
+        let fail = |source: io::Error| StreamError::Terminal { what: "use the descriptor handed down for it", source };
+        let flags = fcntl_getfl(&fd).map_err(|e| fail(e.into()))? & OFlags::ACCMODE;
+        let input = if flags == OFlags::WRONLY { None } else { Some(duplicate(fd.as_fd()).map_err(fail)?) };
+        let terminal = isatty(&fd);
+        let output = (flags != OFlags::RDONLY).then_some(fd);
+        Ok(Self { output, input, path: None, terminal, _other_end: None, _raw: None })
+    }
+
     fn open_pty(&mut self) -> io::Result<()> {
         let main = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
         grantpt(&main)?;

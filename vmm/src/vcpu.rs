@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 
 use devices::bus::Bus;
 use hypervisor::kvm::kick_signal;
-use hypervisor::{Exit, ExitHandler, Vcpu};
+use hypervisor::{Exit, ExitHandler, Vcpu, VcpuState};
 use vmm_sys_util::signal::Killable;
 
 use crate::machine::MachineEvent;
@@ -54,6 +54,8 @@ struct State {
     wanted: Wanted,
     /// Threads that wait, or have ended.
     resting: usize,
+    /// The vCPUs of waiting threads, by number: whoever has the machine paused may look at them.
+    vcpus: Vec<Option<Box<dyn Vcpu>>>,
 }
 
 struct Shared {
@@ -66,11 +68,14 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits, on a vCPU thread, until it is to run; says whether it is to stop.
-    fn rest(&self) -> Wanted {
+    /// Waits, on the thread of vCPU `number`, until it is to run, and gives it back; nothing if it is to stop.
+    fn rest(&self, number: usize, vcpu: Box<dyn Vcpu>) -> Option<Box<dyn Vcpu>> {
         let mut state = self.lock();
         if state.wanted == Wanted::Run {
-            return Wanted::Run;
+            return Some(vcpu);
+        }
+        if let Some(slot) = state.vcpus.get_mut(number) {
+            *slot = Some(vcpu);
         }
         state.resting += 1;
         self.changed.notify_all();
@@ -78,7 +83,8 @@ impl Shared {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.resting -= 1;
-        state.wanted
+        let vcpu = state.vcpus.get_mut(number).and_then(Option::take);
+        vcpu.filter(|_| state.wanted == Wanted::Run)
     }
 
     /// Waits until it is to stop, counted as resting all the while.
@@ -131,7 +137,8 @@ impl Vcpus {
         setup: &ThreadSetup,
         report: &Report,
     ) -> io::Result<Self> {
-        let state = State { wanted: Wanted::Pause, resting: 0 };
+        let slots = vcpus.iter().map(|_| None).collect();
+        let state = State { wanted: Wanted::Pause, resting: 0, vcpus: slots };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let mut this = Self { shared, threads: Vec::new() };
         for (number, vcpu) in vcpus.into_iter().enumerate() {
@@ -141,7 +148,7 @@ impl Vcpus {
                 // Also if it panics: who waits for it must not wait for ever.
                 let ended = Ending(shared);
                 match setup() {
-                    Ok(()) => run(vcpu, handler, &ended.0, &report),
+                    Ok(()) => run(number, vcpu, handler, &ended.0, &report),
                     Err(e) => report(MachineEvent::Fault(format!("cannot confine a vCPU's thread: {e}"))),
                 }
             })?;
@@ -163,6 +170,18 @@ impl Vcpus {
         while state.resting < self.threads.len() {
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// The states of paused vCPUs, by number.
+    ///
+    /// # Errors
+    /// If one cannot be read, or has ended.
+    pub fn save(&self) -> Result<Vec<VcpuState>, hypervisor::Error> {
+        let ended = || hypervisor::Error::Operation {
+            what: "read a vCPU that has stopped",
+            source: io::ErrorKind::NotFound.into(),
+        };
+        self.shared.lock().vcpus.iter().map(|vcpu| vcpu.as_ref().ok_or_else(ended)?.save()).collect()
     }
 
     fn kick(&self) {
@@ -196,7 +215,7 @@ impl Drop for Vcpus {
 }
 
 /// A vCPU's thread.
-fn run(mut vcpu: Box<dyn Vcpu>, mut handler: Handler, shared: &Shared, report: &Report) {
+fn run(number: usize, mut vcpu: Box<dyn Vcpu>, mut handler: Handler, shared: &Shared, report: &Report) {
     let mut handled = false;
     loop {
         if shared.lock().wanted != Wanted::Run {
@@ -205,8 +224,9 @@ fn run(mut vcpu: Box<dyn Vcpu>, mut handler: Handler, shared: &Shared, report: &
             }
             handled = false;
             vcpu.notify_paused();
-            if shared.rest() == Wanted::Stop {
-                return;
+            match shared.rest(number, vcpu) {
+                Some(back) => vcpu = back,
+                None => return,
             }
         }
         let event = match vcpu.run(&mut handler) {

@@ -98,13 +98,13 @@ const LEAF_TOPOLOGY: u32 = 0xb;
 /// Leaf 1 ECX: VMX.
 const VMX: u32 = 1 << 5;
 /// Leaf 1 ECX: x2APIC mode, the TSC deadline timer, and the mark of a virtual machine, all provided by the hypervisor.
-const EMULATED: u32 = 1 << 21 | 1 << 24 | 1 << 31;
+pub(super) const EMULATED: u32 = 1 << 21 | 1 << 24 | 1 << 31;
 /// Leaf 1 EDX: more than one logical processor.
-const HTT: u32 = 1 << 28;
+pub(super) const HTT: u32 = 1 << 28;
 /// Leaf 6 EAX: the APIC timer never stops.
 const ARAT: u32 = 1 << 2;
 /// Leaf 0x8000_0001 ECX: HTT means cores.
-const CMP_LEGACY: u32 = 1 << 1;
+pub(super) const CMP_LEGACY: u32 = 1 << 1;
 /// Leaf 0x8000_0001 ECX: SVM.
 const SVM: u32 = 1 << 2;
 

@@ -3,6 +3,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod cpuid;
+pub mod features;
 pub mod lapic;
 pub mod layout;
 pub mod msr;

@@ -11,10 +11,13 @@ pub struct MsrEntry {
     pub data: u64,
 }
 
-const IA32_TSC: u32 = 0x10;
+/// Time stamp counter.
+pub const IA32_TSC: u32 = 0x10;
 const IA32_SYSENTER_CS: u32 = 0x174;
 const IA32_SYSENTER_ESP: u32 = 0x175;
 const IA32_SYSENTER_EIP: u32 = 0x176;
+/// At which count of the time stamp counter the local APIC's timer is due.
+pub const IA32_TSC_DEADLINE: u32 = 0x6e0;
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 const IA32_STAR: u32 = 0xc000_0081;

@@ -57,6 +57,17 @@ impl IoApic {
         Self { state: Mutex::default(), sink }
     }
 
+    /// The registers, for a snapshot.
+    #[must_use]
+    pub fn save(&self) -> State {
+        self.lock().clone()
+    }
+
+    /// Takes over the registers of a snapshot, any of which are possible ones.
+    pub fn restore(&self, saved: &State) {
+        *self.lock() = saved.clone();
+    }
+
     /// An edge on input `pin`; nothing happens if there is no such pin.
     pub fn pulse(&self, pin: u32) {
         let msi = {

@@ -3,5 +3,5 @@
 mod ioapic;
 mod serial;
 
-pub use ioapic::{IoApic, Pin};
-pub use serial::Serial;
+pub use ioapic::{IoApic, Pin, State as IoApicState};
+pub use serial::{Serial, State as SerialState};

@@ -1,9 +1,10 @@
 //! A 16550 serial port (`vm_superio::Serial`) on the port I/O bus.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vm_superio::serial::SerialEvents;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{SerialEvents, SerialState as UartState};
 use vm_superio::{Serial as Uart, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -37,6 +38,55 @@ impl SerialEvents for Drained {
 /// Where the port's output goes. It must not block for long: a vCPU waits for it.
 pub type Output = Box<dyn Write + Send>;
 
+/// The registers, and input that the guest has not read yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Divisor latch, low and high byte.
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    input: Vec<u8>,
+}
+
+impl From<UartState> for State {
+    fn from(s: UartState) -> Self {
+        Self {
+            divisor: [s.baud_divisor_low, s.baud_divisor_high],
+            interrupt_enable: s.interrupt_enable,
+            interrupt_identification: s.interrupt_identification,
+            line_control: s.line_control,
+            line_status: s.line_status,
+            modem_control: s.modem_control,
+            modem_status: s.modem_status,
+            scratch: s.scratch,
+            input: s.in_buffer,
+        }
+    }
+}
+
+impl From<&State> for UartState {
+    fn from(s: &State) -> Self {
+        let [baud_divisor_low, baud_divisor_high] = s.divisor;
+        Self {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: s.interrupt_enable,
+            interrupt_identification: s.interrupt_identification,
+            line_control: s.line_control,
+            line_status: s.line_status,
+            modem_control: s.modem_control,
+            modem_status: s.modem_status,
+            scratch: s.scratch,
+            in_buffer: s.input.clone(),
+        }
+    }
+}
+
 /// A serial port.
 pub struct Serial {
     uart: Mutex<Uart<Line, Drained, Output>>,
@@ -48,6 +98,22 @@ impl Serial {
     #[must_use]
     pub fn new(irq: Arc<dyn IrqLine>, output: Output, drained: EventFd) -> Self {
         Self { uart: Mutex::new(Uart::with_events(Line(irq), Drained(drained), output)) }
+    }
+
+    /// As [`Serial::new`], with the registers of a snapshot. An interrupt that was due is raised again.
+    ///
+    /// # Errors
+    /// If the state holds more input than there is room for.
+    pub fn restored(irq: Arc<dyn IrqLine>, output: Output, drained: EventFd, saved: &State) -> io::Result<Self> {
+        let uart = Uart::from_state(&saved.into(), Line(irq), Drained(drained), output);
+        let uart = uart.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "the saved state is damaged"))?;
+        Ok(Self { uart: Mutex::new(uart) })
+    }
+
+    /// Everything, for a snapshot.
+    #[must_use]
+    pub fn save(&self) -> State {
+        self.lock().state().into()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Uart<Line, Drained, Output>> {
@@ -131,5 +197,25 @@ mod tests {
         assert!(room < 4096);
         assert_eq!(serial.input(&[0; 4096]), room, "no more than fits is taken");
         assert_eq!(serial.input(&[0]), 0);
+    }
+
+    #[test]
+    fn input_that_was_not_read_survives_a_snapshot() {
+        let event = || EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        let line = Arc::new(Count::default());
+        let port = Serial::new(line.clone(), Box::new(std::io::sink()), event());
+        port.write(1, &[1]);
+        assert_eq!(port.input(b"ab"), 2);
+        let saved = port.save();
+        let port = Serial::restored(line.clone(), Box::new(std::io::sink()), event(), &saved).unwrap();
+        assert_eq!(port.save(), saved);
+        let read = || {
+            let mut byte = [0];
+            port.read(0, &mut byte);
+            byte
+        };
+        assert_eq!([read(), read()], [*b"a", *b"b"]);
+        let flooded = State { input: vec![0; 65], ..saved };
+        assert!(Serial::restored(line, Box::new(std::io::sink()), event(), &flooded).is_err());
     }
 }

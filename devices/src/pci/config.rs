@@ -1,7 +1,5 @@
 //! One function's configuration space (PCI 3.0 section 6.1): 256 bytes with a mask of what the guest may write.
 
-use serde::{Deserialize, Serialize};
-
 /// Bytes of conventional configuration space.
 pub const SIZE: usize = 256;
 
@@ -64,7 +62,7 @@ pub struct Capability {
 }
 
 /// A function's registers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigSpace {
     bytes: Vec<u8>,
     writable: Vec<u8>,
@@ -145,6 +143,23 @@ impl ConfigSpace {
         }
     }
 
+    /// All registers as they are now, for a snapshot.
+    #[must_use]
+    pub fn save(&self) -> Vec<u8> {
+        self.bytes.clone()
+    }
+
+    /// Takes over the registers of a snapshot; says whether they are those of a function like this one.
+    #[must_use]
+    pub fn restore(&mut self, saved: &[u8]) -> bool {
+        let fixed = |bytes: &[u8]| -> Vec<u8> { bytes.iter().zip(&self.writable).map(|(b, w)| b & !w).collect() };
+        if saved.len() != SIZE || fixed(saved) != fixed(&self.bytes) {
+            return false;
+        }
+        self.bytes.copy_from_slice(saved);
+        true
+    }
+
     /// `N` bytes as they are now, for the device behind the registers.
     #[must_use]
     pub fn get<const N: usize>(&self, at: u8) -> [u8; N] {
@@ -198,6 +213,20 @@ mod tests {
         s.write(u16::from(a), &[0; 5]);
         assert_eq!(s.get(a), [9, b, 5, 0, 7]);
         assert!(s.add_capability(&Capability { id: 9, body: vec![0; 250], writable: vec![] }).is_none());
+    }
+
+    #[test]
+    fn registers_are_taken_over_by_the_same_function_only() {
+        let mut s = space();
+        s.write(4, &[6, 0]);
+        let saved = s.save();
+        let mut restored = space();
+        assert!(restored.restore(&saved));
+        assert_eq!(restored, s);
+        for bad in [&saved[..255], &[0; SIZE], &[]] {
+            assert!(!restored.restore(bad));
+        }
+        assert_eq!(restored, s);
     }
 
     #[test]

@@ -150,6 +150,24 @@ impl Msix {
         }
     }
 
+    /// Everything, for a snapshot.
+    #[must_use]
+    pub fn save(&self) -> State {
+        self.lock().clone()
+    }
+
+    /// Takes over the state of a snapshot; says whether it is that of a function with as many vectors. Nothing is
+    /// delivered: what is pending is behind a mask.
+    #[must_use]
+    pub fn restore(&self, saved: &State) -> bool {
+        let mut state = self.lock();
+        let fits = saved.table.len() == state.table.len();
+        if fits {
+            *state = saved.clone();
+        }
+        fits
+    }
+
     /// Back to the state after reset, as when the machine reboots.
     pub fn reset(&self) {
         let mut state = self.lock();

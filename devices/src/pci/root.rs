@@ -119,6 +119,17 @@ impl LegacyConfig {
         Self { root, address: AtomicU32::new(0) }
     }
 
+    /// The address register, which is all the state there is.
+    #[must_use]
+    pub fn address(&self) -> u32 {
+        self.address.load(Ordering::Relaxed)
+    }
+
+    /// Sets the address register, as a snapshot has it.
+    pub fn set_address(&self, address: u32) {
+        self.address.store(address, Ordering::Relaxed);
+    }
+
     /// The function and register selected, for an access at port `offset` (4 to 7).
     fn target(&self, offset: u64) -> Option<(u32, u16)> {
         let address = self.address.load(Ordering::Relaxed);

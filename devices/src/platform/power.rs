@@ -72,6 +72,17 @@ impl GenericEvent {
         Self { events: AtomicU8::new(0), irq }
     }
 
+    /// The events the guest has not read yet, for a snapshot.
+    #[must_use]
+    pub fn pending(&self) -> u8 {
+        self.events.load(Ordering::SeqCst)
+    }
+
+    /// Takes over the events of a snapshot. Their interrupt is on its way already.
+    pub fn restore(&self, pending: u8) {
+        self.events.store(pending, Ordering::SeqCst);
+    }
+
     /// Raises the events set in `bits`.
     pub fn raise(&self, bits: u8) {
         self.events.fetch_or(bits, Ordering::SeqCst);

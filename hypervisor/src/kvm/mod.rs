@@ -1,16 +1,19 @@
 //! KVM (Documentation/virt/kvm/api.rst).
 
+mod state_x86_64;
 mod vcpu_x86_64;
 mod vm;
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use arch::cpuid::CpuidEntry;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::Cap;
 
+pub use state_x86_64::VcpuState;
 pub use vcpu_x86_64::{install_kick_handler, kick_signal};
 
 use crate::{Capabilities, Error, Hypervisor, Vm};
@@ -20,8 +23,25 @@ pub const DEVICE: &str = "/dev/kvm";
 
 /// An open /dev/kvm.
 pub struct Kvm {
-    kvm: kvm_ioctls::Kvm,
+    shared: Arc<Shared>,
     capabilities: Capabilities,
+}
+
+/// What machines and vCPUs need of it.
+struct Shared {
+    kvm: kvm_ioctls::Kvm,
+    /// Model-specific registers that belong to a vCPU's state; asked for with the first snapshot.
+    msr_list: OnceLock<Vec<u32>>,
+}
+
+impl Shared {
+    fn msr_list(&self) -> Result<&[u32], Error> {
+        if let Some(list) = self.msr_list.get() {
+            return Ok(list);
+        }
+        let list = self.kvm.get_msr_index_list().map_err(operation("list model-specific registers"))?;
+        Ok(self.msr_list.get_or_init(|| list.as_slice().to_vec()))
+    }
 }
 
 fn operation(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
@@ -67,7 +87,7 @@ impl Kvm {
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(operation("say which CPUID it supports"))?;
         let cpuid = supported.as_slice().iter().map(from_kvm).collect();
         let capabilities = Capabilities { max_vcpus: u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX), cpuid };
-        Ok(Self { kvm, capabilities })
+        Ok(Self { shared: Arc::new(Shared { kvm, msr_list: OnceLock::new() }), capabilities })
     }
 }
 
@@ -91,11 +111,17 @@ impl Hypervisor for Kvm {
         software_only()
     }
 
+    #[expect(unsafe_code, reason = "the crate's Kvm has no AsFd")]
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        // SAFETY: it is open for as long as the object that is borrowed.
+        Some(unsafe { BorrowedFd::borrow_raw(self.shared.kvm.as_raw_fd()) })
+    }
+
     fn create_vm(&self) -> Result<Arc<dyn Vm>, Error> {
         // Waiting for a grace period can be interrupted by a signal: then it is tried again.
         loop {
-            match self.kvm.create_vm() {
-                Ok(fd) => return Ok(Arc::new(vm::KvmVm::new(fd))),
+            match self.shared.kvm.create_vm() {
+                Ok(fd) => return Ok(Arc::new(vm::KvmVm::new(fd, self.shared.clone()))),
                 Err(e) if e.errno() == libc::EINTR => {}
                 Err(e) => return Err(operation("create a virtual machine")(e)),
             }

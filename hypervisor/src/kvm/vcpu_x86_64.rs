@@ -3,14 +3,18 @@
 use std::cell::Cell;
 use std::io;
 use std::ptr;
+use std::sync::Arc;
 
+use arch::cpuid::CpuidEntry;
 use arch::lapic::{LAPIC_PAGE_SIZE, connect_local_interrupts};
 use arch::regs::{CpuRegs, DescriptorTable, Segment};
-use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_dtable, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use super::Shared;
 use super::operation;
+use super::state_x86_64::{self, VcpuState, set_cpuid, set_msrs};
 use crate::{Error, Exit, ExitHandler, Vcpu, VcpuSetup};
 
 thread_local! {
@@ -49,11 +53,14 @@ pub fn install_kick_handler() -> Result<(), Error> {
 
 pub(super) struct KvmVcpu {
     fd: VcpuFd,
+    shared: Arc<Shared>,
+    /// As it was set: without hardware virtualisation KVM_GET_CPUID2 answers with the host's.
+    cpuid: Vec<CpuidEntry>,
 }
 
 impl KvmVcpu {
-    pub(super) fn new(fd: VcpuFd) -> Self {
-        Self { fd }
+    pub(super) fn new(fd: VcpuFd, shared: Arc<Shared>) -> Self {
+        Self { fd, shared, cpuid: Vec::new() }
     }
 
     fn set_registers(&self, regs: &CpuRegs) -> Result<(), Error> {
@@ -122,35 +129,11 @@ fn table(t: DescriptorTable) -> kvm_dtable {
     kvm_dtable { base: t.base, limit: t.limit, ..kvm_dtable::default() }
 }
 
-fn fam<T>(_: vmm_sys_util::fam::Error) -> Result<T, Error> {
-    Err(Error::Operation { what: "take that many registers", source: io::ErrorKind::InvalidInput.into() })
-}
-
 impl Vcpu for KvmVcpu {
     fn setup(&mut self, setup: &VcpuSetup) -> Result<(), Error> {
-        let leaves: Vec<_> = setup
-            .cpuid
-            .iter()
-            .map(|e| kvm_cpuid_entry2 {
-                function: e.function,
-                index: e.index,
-                flags: e.flags,
-                eax: e.eax,
-                ebx: e.ebx,
-                ecx: e.ecx,
-                edx: e.edx,
-                ..kvm_cpuid_entry2::default()
-            })
-            .collect();
-        let cpuid = CpuId::from_entries(&leaves).or_else(fam)?;
-        self.fd.set_cpuid2(&cpuid).map_err(operation("set a vCPU's CPUID"))?;
-        let entries: Vec<_> = setup
-            .msrs
-            .iter()
-            .map(|m| kvm_msr_entry { index: m.index, data: m.data, ..kvm_msr_entry::default() })
-            .collect();
-        let msrs = Msrs::from_entries(&entries).or_else(fam)?;
-        self.fd.set_msrs(&msrs).map_err(operation("set a vCPU's model-specific registers"))?;
+        set_cpuid(&self.fd, &setup.cpuid)?;
+        self.cpuid.clone_from(&setup.cpuid);
+        set_msrs(&self.fd, &setup.msrs)?;
         let fpu = kvm_fpu { fcw: setup.fpu.fcw, mxcsr: setup.fpu.mxcsr, ..kvm_fpu::default() };
         self.fd.set_fpu(&fpu).map_err(operation("set a vCPU's floating point registers"))?;
         if let Some(regs) = &setup.regs {
@@ -185,6 +168,18 @@ impl Vcpu for KvmVcpu {
             Ok(_) => Ok(()),
             Err(errno) => Err(Error::Operation { what: "pause a vCPU", source: io::Error::from_raw_os_error(errno) }),
         }
+    }
+
+    fn save(&self) -> Result<VcpuState, Error> {
+        state_x86_64::save(&self.fd, self.cpuid.clone(), self.shared.msr_list()?)
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
+        state_x86_64::restore(&self.fd, state)?;
+        self.cpuid.clone_from(&state.cpuid);
+        // Its clock stood still.
+        self.notify_paused();
+        Ok(())
     }
 
     fn notify_paused(&self) {

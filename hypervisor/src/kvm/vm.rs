@@ -2,21 +2,25 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KVM_MEM_READONLY, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MEM_READONLY, kvm_clock_data, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Shared;
 use super::operation;
 use super::vcpu_x86_64::KvmVcpu;
 use crate::{Error, MemorySlot, Vcpu, Vm};
 
 pub(super) struct KvmVm {
-    fd: Arc<VmFd>,
+    fd: VmFd,
+    shared: Arc<Shared>,
 }
 
 impl KvmVm {
-    pub(super) fn new(fd: VmFd) -> Self {
-        Self { fd: Arc::new(fd) }
+    pub(super) fn new(fd: VmFd, shared: Arc<Shared>) -> Self {
+        Self { fd, shared }
     }
 }
 
@@ -51,7 +55,7 @@ impl Vm for KvmVm {
 
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, Error> {
         let fd = self.fd.create_vcpu(u64::from(id)).map_err(operation("create a vCPU"))?;
-        Ok(Box::new(KvmVcpu::new(fd)))
+        Ok(Box::new(KvmVcpu::new(fd, self.shared.clone())))
     }
 
     fn add_ioeventfd(&self, address: u64, event: &EventFd) -> Result<(), Error> {
@@ -70,6 +74,15 @@ impl Vm for KvmVm {
         let [address_lo, address_hi] = split(address);
         let msi = kvm_msi { address_lo, address_hi, data, ..kvm_msi::default() };
         self.fd.signal_msi(msi).map(drop).map_err(operation("deliver an interrupt"))
+    }
+
+    fn clock(&self) -> Result<u64, Error> {
+        self.fd.get_clock().map(|data| data.clock).map_err(operation("read the guest's clock"))
+    }
+
+    fn set_clock(&self, nanoseconds: u64) -> Result<(), Error> {
+        let data = kvm_clock_data { clock: nanoseconds, ..kvm_clock_data::default() };
+        self.fd.set_clock(&data).map_err(operation("set the guest's clock"))
     }
 }
 

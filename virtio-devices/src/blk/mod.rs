@@ -146,13 +146,7 @@ fn serial(text: &str) -> [u8; ID_BYTES] {
 
 /// What the driver of a snapshot was told, if this image can keep it.
 fn check_saved(saved: &SavedState, now: &State) -> Result<State, String> {
-    if saved.kind != KIND.name || saved.version != STATE_VERSION {
-        return Err(format!(
-            "the saved state is {} version {}, not {} {STATE_VERSION}",
-            saved.kind, saved.version, KIND.name
-        ));
-    }
-    let then = State::deserialize(&saved.body).map_err(|e| format!("the saved state is damaged: {e}"))?;
+    let then: State = saved.read(KIND.name, STATE_VERSION).map_err(|e| e.to_string())?;
     if then.sectors != now.sectors {
         return Err(format!(
             "the image has {} sectors, but had {} when the snapshot was taken; use the same image",

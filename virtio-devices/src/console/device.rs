@@ -315,7 +315,6 @@ impl Device for Console {
     }
 
     fn save(&self) -> SavedState {
-        let body = serde_json::to_value(&self.state).unwrap_or_default();
-        SavedState { kind: KIND.name.into(), version: STATE_VERSION, body }
+        SavedState::new(KIND.name, STATE_VERSION, &self.state)
     }
 }

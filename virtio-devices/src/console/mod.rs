@@ -55,7 +55,7 @@ fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
 fn create(id: &str, ends: Option<ConsoleEnds>, saved: Option<&SavedState>) -> Result<Built, BuildError> {
     let other = |reason: String| BuildError::Other { device: id.to_owned(), reason };
     let state = match saved {
-        Some(saved) => read_saved(saved).map_err(other)?,
+        Some(saved) => saved.read(KIND.name, STATE_VERSION).map_err(|e| other(e.to_string()))?,
         None => State::default(),
     };
     let ends = ends.unwrap_or(ConsoleEnds { output: None, input: None, terminal: false });
@@ -71,16 +71,6 @@ fn create(id: &str, ends: Option<ConsoleEnds>, saved: Option<&SavedState>) -> Re
         .and_then(|output| Console::new(output, input?, size, state))
         .map_err(|e| other(format!("cannot use the console's files: {e}")))?;
     Ok(Built { device: Box::new(device), memory: None })
-}
-
-fn read_saved(saved: &SavedState) -> Result<State, String> {
-    if saved.kind != KIND.name || saved.version != STATE_VERSION {
-        return Err(format!(
-            "the saved state is {} version {}, not {} {STATE_VERSION}",
-            saved.kind, saved.version, KIND.name
-        ));
-    }
-    State::deserialize(&saved.body).map_err(|e| format!("the saved state is damaged: {e}"))
 }
 
 const SYSCALLS: &[Syscall] = &[

@@ -150,14 +150,8 @@ impl Gpu {
 
     /// Takes over what a snapshot says: which contexts there were, so that they hear that they are gone.
     pub(super) fn restore(&mut self, saved: &SavedState) -> Result<(), String> {
-        if saved.kind != super::KIND.name || saved.version != STATE_VERSION {
-            return Err(format!("the snapshot holds state of {} version {}", saved.kind, saved.version));
-        }
-        let body: Body = serde_json::from_value(saved.body.clone())
-            .map_err(|e| format!("the graphics device's part of the snapshot is damaged: {e}"))?;
-        self.window
-            .haunt(&body.mapped)
-            .map_err(|e| format!("the graphics device's part of the snapshot is damaged: {e}"))?;
+        let body: Body = saved.read(super::KIND.name, STATE_VERSION).map_err(|e| e.to_string())?;
+        self.window.haunt(&body.mapped).map_err(|e| format!("the saved state is damaged: {e}"))?;
         let channels = body.channels.into_iter().take(self.limits.contexts);
         self.lost = channels.map(|(context, ring)| (context, GuestAddress(ring))).collect();
         Ok(())
@@ -488,11 +482,7 @@ impl Device for Gpu {
             channels: live.chain(lost).map(|(context, ring)| (context, ring.0)).collect(),
             mapped: self.window.ranges(),
         };
-        SavedState {
-            kind: super::KIND.name.into(),
-            version: STATE_VERSION,
-            body: serde_json::to_value(body).unwrap_or_default(),
-        }
+        SavedState::new(super::KIND.name, STATE_VERSION, &body)
     }
 }
 

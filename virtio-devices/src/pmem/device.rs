@@ -94,7 +94,6 @@ impl Device for Pmem {
     }
 
     fn save(&self) -> SavedState {
-        let body = serde_json::to_value(&self.state).unwrap_or_default();
-        SavedState { kind: KIND.name.into(), version: STATE_VERSION, body }
+        SavedState::new(KIND.name, STATE_VERSION, &self.state)
     }
 }

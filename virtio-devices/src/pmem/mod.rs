@@ -128,13 +128,7 @@ fn map(image: &Image, window: WindowAddress, discard_writes: bool) -> Result<Map
 
 /// Whether a snapshot's device is this one. The guest knows what was on the image, so another image would break it.
 fn check_saved(saved: &SavedState, now: &State) -> Result<(), String> {
-    if saved.kind != KIND.name || saved.version != STATE_VERSION {
-        return Err(format!(
-            "the saved state is {} version {}, not {} {STATE_VERSION}",
-            saved.kind, saved.version, KIND.name
-        ));
-    }
-    let then = State::deserialize(&saved.body).map_err(|e| format!("the saved state is damaged: {e}"))?;
+    let then: State = saved.read(KIND.name, STATE_VERSION).map_err(|e| e.to_string())?;
     if then.image_size != now.image_size {
         return Err(format!(
             "the image has {} bytes, but had {} when the snapshot was taken; use the same image",

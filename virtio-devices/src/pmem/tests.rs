@@ -203,7 +203,7 @@ fn a_snapshot_goes_with_its_image_only() {
     assert!(restore(file.path(), true, &newer).unwrap_err().contains("version 2"));
     let other = SavedState { kind: "rng".into(), ..saved.clone() };
     assert!(restore(file.path(), true, &other).unwrap_err().contains("saved state is rng"));
-    let damaged = SavedState { body: serde_json::json!({"image_size": -1}), ..saved };
+    let damaged = SavedState { body: vec![0xff; 11], ..saved };
     assert!(restore(file.path(), true, &damaged).unwrap_err().contains("damaged"));
 }
 

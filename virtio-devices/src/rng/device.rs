@@ -59,6 +59,6 @@ impl Device for Rng {
     }
 
     fn save(&self) -> SavedState {
-        SavedState { kind: super::KIND.name.into(), version: 1, body: serde_json::Value::Null }
+        SavedState::new(super::KIND.name, super::STATE_VERSION, &())
     }
 }

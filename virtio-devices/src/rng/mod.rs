@@ -15,11 +15,18 @@ use crate::registry::{BuildContext, BuildError, Built, Kind, Request};
 /// The kind's entry in the registry.
 pub const KIND: Kind = Kind { name: "rng", requests, build, syscalls: &[] };
 
+/// Version of the saved state, which is empty.
+const STATE_VERSION: u32 = 1;
+
 fn requests(_config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
     vec![Request { id: "_rng".into(), index: 0, window: None }]
 }
 
 fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
+    if let Some(saved) = ctx.saved {
+        let other = |reason| BuildError::Other { device: ctx.request.id.clone(), reason };
+        saved.read::<()>(KIND.name, STATE_VERSION).map_err(|e| other(e.to_string()))?;
+    }
     let path = &ctx.config.rng.src;
     let source = File::open(path).map_err(|source| BuildError::Open {
         device: ctx.request.id.clone(),

@@ -122,6 +122,16 @@ impl CommonConfig {
         }
     }
 
+    /// Whether these registers, from a snapshot, can be those of a device that offers what `now` does.
+    pub(super) fn fits(&self, now: &Self) -> bool {
+        let possible = |(then, now): (&QueueSetup, &QueueSetup)| {
+            then.max_size == now.max_size && then.size.is_power_of_two() && then.size <= now.max_size
+        };
+        self.offered == now.offered
+            && self.queues.len() == now.queues.len()
+            && self.queues.iter().zip(&now.queues).all(possible)
+    }
+
     /// As after a reset.
     pub(super) fn reset(&mut self) {
         let sizes: Vec<u16> = self.queues.iter().map(|q| q.max_size).collect();

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
-use devices::pci::Msix;
+use devices::pci::{Msix, MsixState};
+use serde::{Deserialize, Serialize};
 
 use crate::device::Interrupt;
 
@@ -12,6 +13,16 @@ pub(super) const NO_VECTOR: u16 = 0xffff;
 
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
+
+/// The state in a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterruptState {
+    config_vector: u16,
+    queue_vectors: Vec<u16>,
+    isr: u8,
+    needs_reset: bool,
+    msix: MsixState,
+}
 
 /// The transport's implementation of [`Interrupt`]: no locks but MSI-X's own, since workers call it.
 pub(super) struct PciInterrupt {
@@ -62,6 +73,31 @@ impl PciInterrupt {
 
     pub(super) fn device_needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::Acquire)
+    }
+
+    pub(super) fn save(&self) -> InterruptState {
+        InterruptState {
+            config_vector: self.config_vector(),
+            queue_vectors: self.queue_vectors.iter().map(|v| v.load(Ordering::Acquire)).collect(),
+            isr: self.isr.load(Ordering::Acquire),
+            needs_reset: self.device_needs_reset(),
+            msix: self.msix.save(),
+        }
+    }
+
+    /// Takes over a snapshot's state; says whether it is that of a function like this one.
+    #[must_use]
+    pub(super) fn restore(&self, saved: &InterruptState) -> bool {
+        if saved.queue_vectors.len() != self.queue_vectors.len() || !self.msix.restore(&saved.msix) {
+            return false;
+        }
+        self.set_config_vector(saved.config_vector);
+        for (vector, value) in self.queue_vectors.iter().zip(&saved.queue_vectors) {
+            vector.store(self.valid(*value), Ordering::Release);
+        }
+        self.isr.store(saved.isr, Ordering::Release);
+        self.needs_reset.store(saved.needs_reset, Ordering::Release);
+        true
     }
 
     pub(super) fn reset(&self) {

@@ -10,9 +10,9 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::common::{Asked, CommonConfig};
-use super::interrupt::PciInterrupt;
-use crate::device::{Active, Device, Interrupt, Memory, Traits, VirtQueue, WindowAddress};
+use super::common::{Asked, CommonConfig, QueueSetup};
+use super::interrupt::{InterruptState, PciInterrupt};
+use crate::device::{Active, Device, Interrupt, Memory, SavedState, Traits, VirtQueue, WindowAddress};
 use crate::worker::Worker;
 
 /// Bytes of BAR 0, which holds all structures.
@@ -52,8 +52,11 @@ pub trait Doorbells: Send + Sync {
     fn remove(&self, address: u64, event: &EventFd);
 }
 
+/// What runs first on a device's thread.
+type ThreadSetup = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
+
 /// What a transport is made of.
-pub struct Setup {
+pub struct Setup<'a> {
     /// The device's identifier, for messages and the thread's name.
     pub id: String,
     /// The device.
@@ -69,7 +72,9 @@ pub struct Setup {
     /// Where doorbells are registered.
     pub doorbells: Arc<dyn Doorbells>,
     /// Runs first on the device's thread.
-    pub thread_setup: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
+    pub thread_setup: ThreadSetup,
+    /// The transport's state in a snapshot, if this is a restore: the device is paused then, if it was running.
+    pub saved: Option<&'a TransportState>,
 }
 
 enum Running {
@@ -87,7 +92,8 @@ struct Inner {
     config: PciConfig,
     common: CommonConfig,
     running: Running,
-    worker: Worker,
+    /// Made when the machine first goes on; until then a device that is started waits for it.
+    worker: Option<Worker>,
     /// Queues whose doorbell is registered.
     doorbells: Vec<usize>,
 }
@@ -103,16 +109,22 @@ pub struct PciTransport {
     kicks: Vec<Arc<EventFd>>,
     msix_control: u8,
     pci_cfg: u8,
+    thread_setup: ThreadSetup,
     inner: Mutex<Inner>,
 }
 
 /// A transport's state while its device is paused, for snapshots.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct TransportState {
     /// Feature negotiation, status and queues.
-    pub common: CommonConfig,
-    /// Configuration space.
-    pub config: PciConfig,
+    common: CommonConfig,
+    /// PCI configuration space.
+    config: Vec<u8>,
+    /// Device-specific configuration space and its generation.
+    device_config: (Vec<u8>, u8),
+    interrupt: InterruptState,
+    /// The driver has started the device.
+    running: bool,
 }
 
 fn class_of(device_type: u32) -> [u8; 3] {
@@ -148,7 +160,7 @@ impl PciTransport {
     ///
     /// # Errors
     /// If no eventfd can be made, or the device's traits do not fit into a PCI function.
-    pub fn new(setup: Setup) -> io::Result<Arc<Self>> {
+    pub fn new(setup: Setup<'_>) -> io::Result<Arc<Self>> {
         let traits = setup.device.traits();
         let queues = traits.queue_sizes.len();
         let vectors = u16::try_from(queues).unwrap_or(u16::MAX).saturating_add(1);
@@ -168,9 +180,7 @@ impl PciTransport {
             .ok_or_else(|| bad("too many capabilities"))?;
         let kicks = (0..queues).map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new)).collect::<Result<_, _>>()?;
         let common = CommonConfig::new(traits.features, &traits.queue_sizes);
-        let thread_setup = setup.thread_setup;
-        let worker = Worker::spawn(&setup.id, Box::new(move || thread_setup()))?;
-        Ok(Arc::new(Self {
+        let this = Self {
             id: setup.id,
             interrupt: Arc::new(PciInterrupt::new(msix, queues)),
             traits,
@@ -180,14 +190,44 @@ impl PciTransport {
             kicks,
             msix_control,
             pci_cfg,
+            thread_setup: setup.thread_setup,
             inner: Mutex::new(Inner {
                 config,
                 common,
                 running: Running::Idle(setup.device),
-                worker,
+                worker: None,
                 doorbells: Vec::new(),
             }),
-        }))
+        };
+        if let Some(saved) = setup.saved {
+            this.restore(saved)?;
+        }
+        Ok(Arc::new(this))
+    }
+
+    /// Takes over the state of a snapshot. Doorbells are registered when the device goes on.
+    fn restore(&self, saved: &TransportState) -> io::Result<()> {
+        let other = |what| io::Error::new(io::ErrorKind::InvalidData, format!("{}: the saved {what}", self.id));
+        let mut inner = self.lock();
+        if !saved.common.fits(&inner.common) {
+            return Err(other("queues or features are not those of this device"));
+        }
+        if !inner.config.restore(&saved.config) {
+            return Err(other("configuration space is not that of this device"));
+        }
+        if !self.interrupt.restore(&saved.interrupt) {
+            return Err(other("interrupt state is not that of this device"));
+        }
+        inner.common = saved.common.clone();
+        let (bytes, generation) = &saved.device_config;
+        self.traits.config.restore(bytes, *generation);
+        if saved.running {
+            let queues = self.queues(&inner.common).map_err(|_| other("virtqueues are damaged"))?;
+            if let Running::Idle(device) = std::mem::replace(&mut inner.running, Running::Gone) {
+                inner.running = Running::Paused(device, self.active(queues, &inner.common));
+            }
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -198,7 +238,7 @@ impl PciTransport {
     pub fn pause(&self) {
         let mut inner = self.lock();
         inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
-            Running::OnThread => match inner.worker.stop() {
+            Running::OnThread => match inner.worker.as_ref().and_then(Worker::stop) {
                 Some((device, active)) => Running::Paused(device, active),
                 None => self.lost(),
             },
@@ -206,13 +246,25 @@ impl PciTransport {
         };
     }
 
-    /// Lets a paused device go on.
-    pub fn resume(&self) {
+    /// Lets a paused device go on. The first time, this makes the device's thread, which a vCPU that starts a device has
+    /// no right to do.
+    ///
+    /// # Errors
+    /// If there is no thread to be had.
+    pub fn resume(&self) -> io::Result<()> {
         let mut inner = self.lock();
+        if inner.worker.is_none() {
+            let setup = self.thread_setup.clone();
+            inner.worker = Some(Worker::spawn(&self.id, Box::new(move || setup()))?);
+        }
+        if matches!(inner.running, Running::Paused(..)) && inner.doorbells.is_empty() {
+            self.add_doorbells(&mut inner);
+        }
         inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
-            Running::Paused(device, active) => self.run(&inner.worker, device, active),
+            Running::Paused(device, active) => self.run(inner.worker.as_ref(), device, active),
             other => other,
         };
+        Ok(())
     }
 
     /// Stops the device for good and drops it, so that its sockets and files are free when this returns.
@@ -220,7 +272,7 @@ impl PciTransport {
         let mut inner = self.lock();
         self.remove_doorbells(&mut inner);
         if let Running::OnThread = std::mem::replace(&mut inner.running, Running::Gone) {
-            drop(inner.worker.stop());
+            drop(inner.worker.as_ref().and_then(Worker::stop));
         }
     }
 
@@ -230,7 +282,8 @@ impl PciTransport {
         Running::Gone
     }
 
-    fn run(&self, worker: &Worker, device: Box<dyn Device>, active: Active) -> Running {
+    fn run(&self, worker: Option<&Worker>, device: Box<dyn Device>, active: Active) -> Running {
+        let Some(worker) = worker else { return Running::Paused(device, active) };
         if worker.start(device, active, self.kicks.clone()) { Running::OnThread } else { self.lost() }
     }
 
@@ -261,29 +314,40 @@ impl PciTransport {
     /// The driver set DRIVER_OK.
     fn start(&self, inner: &mut Inner) {
         let Running::Idle(_) = inner.running else { return };
-        let mut queues = Vec::new();
-        let mem = self.mem.memory();
-        for (index, setup) in (0u16..).zip(&inner.common.queues) {
-            let queue = setup.queue(inner.common.accepted).filter(|q| !setup.enabled || q.is_valid(&*mem));
-            let Some(queue) = queue else {
+        let queues = match self.queues(&inner.common) {
+            Ok(queues) => queues,
+            Err(index) => {
                 log::warn!("{}: virtqueue {index} is not set up properly", self.id);
                 self.interrupt.needs_reset();
                 return;
-            };
-            queues.push(VirtQueue::new(index, queue, self.mem.clone(), self.interrupt.clone()));
-        }
+            }
+        };
         self.add_doorbells(inner);
         if let Running::Idle(device) = std::mem::replace(&mut inner.running, Running::Gone) {
-            let active = Active::new(queues, self.mem.clone(), self.interrupt.clone(), inner.common.accepted);
-            inner.running = self.run(&inner.worker, device, active);
+            inner.running = self.run(inner.worker.as_ref(), device, self.active(queues, &inner.common));
         }
+    }
+
+    /// The queues as the driver set them up, or the number of the first that cannot be.
+    fn queues(&self, common: &CommonConfig) -> Result<Vec<VirtQueue>, u16> {
+        let mem = self.mem.memory();
+        let queue = |(index, setup): (u16, &QueueSetup)| {
+            let queue = setup.queue(common.accepted).filter(|q| !setup.enabled || q.is_valid(&*mem));
+            let queue = queue.ok_or(index)?;
+            Ok(VirtQueue::new(index, queue, self.mem.clone(), self.interrupt.clone()))
+        };
+        (0u16..).zip(&common.queues).map(queue).collect()
+    }
+
+    fn active(&self, queues: Vec<VirtQueue>, common: &CommonConfig) -> Active {
+        Active::new(queues, self.mem.clone(), self.interrupt.clone(), common.accepted)
     }
 
     /// The driver wrote 0 to the status: everything it caused is undone before the write completes.
     fn reset(&self, inner: &mut Inner) {
         self.remove_doorbells(inner);
         inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
-            Running::OnThread => match inner.worker.stop() {
+            Running::OnThread => match inner.worker.as_ref().and_then(Worker::stop) {
                 Some((device, _)) => Running::Idle(device),
                 None => self.lost(),
             },
@@ -299,17 +363,36 @@ impl PciTransport {
         }
     }
 
-    /// The state of a paused device's transport: its queues are where the device left them.
+    /// The device's identifier.
     #[must_use]
-    pub fn state(&self) -> TransportState {
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The state of a paused device and its transport, whose queues are where the device left them; nothing if the
+    /// device is running or gone.
+    #[must_use]
+    pub fn save(&self) -> Option<(TransportState, SavedState)> {
         let inner = self.lock();
         let mut common = inner.common.clone();
-        if let Running::Paused(_, active) = &inner.running {
-            for (setup, queue) in common.queues.iter_mut().zip(&active.queues) {
-                setup.take_over(&queue.state());
+        let (running, device) = match &inner.running {
+            Running::Idle(device) => (false, device),
+            Running::Paused(device, active) => {
+                for (setup, queue) in common.queues.iter_mut().zip(&active.queues) {
+                    setup.take_over(&queue.state());
+                }
+                (true, device)
             }
-        }
-        TransportState { common, config: inner.config.clone() }
+            Running::OnThread | Running::Gone => return None,
+        };
+        let state = TransportState {
+            common,
+            config: inner.config.save(),
+            device_config: (self.traits.config.bytes(), self.traits.config.generation()),
+            interrupt: self.interrupt.save(),
+            running,
+        };
+        Some((state, device.save()))
     }
 
     fn bar_read(&self, offset: u64, data: &mut [u8]) {

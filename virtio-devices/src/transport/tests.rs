@@ -63,6 +63,10 @@ const BAR0: u64 = 0xc000_8000;
 
 fn guest() -> Guest {
     let mem = Memory::from_ranges(&[(GuestAddress(0), 0x20000)]).unwrap();
+    guest_with(mem, None).unwrap()
+}
+
+fn guest_with(mem: Memory, saved: Option<&TransportState>) -> io::Result<Guest> {
     let (sink, bells) = (Arc::new(Sink::default()), Arc::new(Bells::default()));
     let transport = PciTransport::new(Setup {
         id: "_rng0".into(),
@@ -73,9 +77,12 @@ fn guest() -> Guest {
         msi: sink.clone(),
         doorbells: bells.clone(),
         thread_setup: Arc::new(|| Ok(())),
-    })
-    .unwrap();
-    Guest { transport, mem, sink, bells }
+        saved,
+    })?;
+    if saved.is_none() {
+        transport.resume()?;
+    }
+    Ok(Guest { transport, mem, sink, bells })
 }
 
 impl Guest {
@@ -175,13 +182,79 @@ fn pausing_keeps_the_queue_where_it_was() {
     g.offer(0);
     g.write(0x3000, 2, 0);
     g.sink.wait(1);
+    assert!(g.transport.save().is_none(), "it runs");
     g.transport.pause();
-    assert_eq!(g.transport.state().common.queues[0].next_used, 1);
     g.offer(1);
     g.write(0x3000, 2, 0);
-    g.transport.resume();
+    g.transport.resume().unwrap();
     g.sink.wait(2);
     assert_eq!(g.mem.read_obj::<u16>(GuestAddress(0x3002)).unwrap(), 2);
+}
+
+/// What a snapshot keeps of a transport, through its form in a file.
+fn saved(g: &Guest) -> TransportState {
+    let (state, _) = g.transport.save().unwrap();
+    let bytes = postcard::to_allocvec(&state).unwrap();
+    postcard::from_bytes(&bytes).unwrap()
+}
+
+#[test]
+fn a_restored_transport_goes_on_where_it_was() {
+    let g = guest();
+    g.boot();
+    g.offer(0);
+    g.write(0x3000, 2, 0);
+    g.sink.wait(1);
+    g.transport.pause();
+    let state = saved(&g);
+    drop(g.transport);
+
+    let r = guest_with(g.mem, Some(&state)).unwrap();
+    assert_eq!(saved(&r), state);
+    assert!(r.bells.0.lock().unwrap().is_empty(), "doorbells cost time and can wait");
+    // Rung before the device goes on: heard when it does.
+    r.offer(1);
+    r.write(0x3000, 2, 0);
+    r.transport.resume().unwrap();
+    r.sink.wait(1);
+    assert_eq!(r.sink.seen.lock().unwrap()[0], Msi { address: 0xfee0_0000, data: 0x41 });
+    assert_eq!(r.mem.read_obj::<u16>(GuestAddress(0x3002)).unwrap(), 2);
+    assert_eq!(*r.bells.0.lock().unwrap(), [BAR0 + 0x3000]);
+    // The driver can still reset it and begin anew.
+    r.write(0x14, 1, 0);
+    assert_eq!(r.read(0x14, 1), 0);
+    assert!(r.bells.0.lock().unwrap().is_empty());
+}
+
+#[test]
+fn an_idle_transport_is_restored_idle() {
+    let g = guest();
+    let state = saved(&g);
+    let r = guest_with(g.mem, Some(&state)).unwrap();
+    r.transport.resume().unwrap();
+    r.boot();
+    r.offer(0);
+    r.write(0x3000, 2, 0);
+    r.sink.wait(1);
+}
+
+#[test]
+fn every_damaged_state_is_refused_or_harmless() {
+    let g = guest();
+    g.boot();
+    g.transport.pause();
+    let bytes = postcard::to_allocvec(&g.transport.save().unwrap().0).unwrap();
+    let mut refused = 0;
+    for bit in 0..bytes.len() * 8 {
+        let mut damaged = bytes.clone();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        let state = postcard::from_bytes::<TransportState>(&damaged).ok();
+        match state.map(|state| guest_with(g.mem.clone(), Some(&state))) {
+            Some(Ok(r)) => r.transport.shut_down(),
+            _ => refused += 1,
+        }
+    }
+    assert!(refused > bytes.len(), "{refused} of {} bits", bytes.len() * 8);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The socket device itself: packets from and to the guest, events of the host's sockets.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -71,8 +71,11 @@ impl Vsock {
     ///
     /// # Errors
     /// If it cannot listen there.
-    pub fn new(guest_cid: u32, socket: &Path, restored: bool) -> Result<Self, VsockError> {
-        let listener = Listener::bind(socket)?;
+    pub fn new(guest_cid: u32, socket: &Path, listener: Option<OwnedFd>, restored: bool) -> Result<Self, VsockError> {
+        let listener = match listener {
+            Some(listener) => Listener::inherited(listener, socket)?,
+            None => Listener::bind(socket)?,
+        };
         let guest_cid = u64::from(guest_cid);
         Ok(Self {
             guest_cid,
@@ -436,7 +439,7 @@ impl Device for Vsock {
 
     fn save(&self) -> SavedState {
         // Connections end with the process; a restored guest is told so.
-        SavedState { kind: super::KIND.name.into(), version: super::STATE_VERSION, body: serde_json::Value::Null }
+        SavedState::new(super::KIND.name, super::STATE_VERSION, &())
     }
 }
 

@@ -81,7 +81,7 @@ impl Guest {
     pub(super) fn with_state(restored: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("vsock");
-        let device = Vsock::new(CID, &socket, restored).unwrap();
+        let device = Vsock::new(CID, &socket, None, restored).unwrap();
         let mut driver = Driver::new(Box::new(device));
         let rx_base = driver.alloc(256 * u64::from(RX_LEN));
         let tx_base = driver.alloc(TX_SLOTS * SLOT);

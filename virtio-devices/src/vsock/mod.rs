@@ -43,10 +43,11 @@ fn requests(config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
 fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
     let fail = |reason: String| BuildError::Other { device: ctx.request.id.clone(), reason };
     let config = ctx.config.vsock.as_ref().ok_or_else(|| fail("the configuration has no vsock section".into()))?;
-    if let Some(saved) = ctx.saved.filter(|saved| saved.version != STATE_VERSION) {
-        return Err(fail(format!("the snapshot has state version {}, known is {STATE_VERSION}", saved.version)));
+    if let Some(saved) = ctx.saved {
+        saved.read::<()>(KIND.name, STATE_VERSION).map_err(|e| fail(e.to_string()))?;
     }
-    let device = Vsock::new(config.cid, &config.socket, ctx.saved.is_some()).map_err(|e| fail(e.to_string()))?;
+    let device =
+        Vsock::new(config.cid, &config.socket, ctx.listener, ctx.saved.is_some()).map_err(|e| fail(e.to_string()))?;
     Ok(Built { device: Box::new(device), memory: None })
 }
 

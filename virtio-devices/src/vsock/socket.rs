@@ -56,6 +56,15 @@ impl Listener {
         Ok(Self { socket, path: path.to_owned(), file })
     }
 
+    /// Listens on a socket that was handed down, whose file is somebody else's; the guest's connections go to the
+    /// sockets whose names begin with `path`.
+    pub(super) fn inherited(socket: OwnedFd, path: &Path) -> Result<Self, SocketError> {
+        let socket = UnixListener::from(socket);
+        let fail = |source| SocketError::Listen { path: path.to_owned(), source };
+        socket.set_nonblocking(true).map_err(fail)?;
+        Ok(Self { socket, path: path.to_owned(), file: None })
+    }
+
     /// The next program that connected; non-blocking, as its socket is.
     pub(super) fn accept(&self) -> Result<OwnedFd, Errno> {
         accept_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)

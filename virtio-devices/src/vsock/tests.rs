@@ -19,7 +19,7 @@ use crate::testkit::Buffer;
 fn vsock() -> Box<Vsock> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = format!("vsock-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    Box::new(Vsock::new(CID, &std::env::temp_dir().join(name), false).unwrap())
+    Box::new(Vsock::new(CID, &std::env::temp_dir().join(name), None, false).unwrap())
 }
 
 crate::conformance_tests!(super::vsock);

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use thiserror::Error;
-use vmm_config::VmConfig;
+use vmm_config::{CloneConfig, VmConfig};
 
 use crate::http::{MAX_FDS, MAX_HEAD};
 use crate::request::{Action, Request};
-use crate::response::{PingInfo, Reply, VmInfo};
+use crate::response::{CloneInfo, PingInfo, Reply, VmInfo};
 
 /// The longest answer that is accepted.
 const MAX_ANSWER: usize = 16 << 20;
@@ -152,6 +152,17 @@ impl Client {
         self.send(&Request::VmCreate(Box::new(config))).map(drop)
     }
 
+    /// `vm.clone`: a zygote makes another process. `fds` are what `config` says they are.
+    ///
+    /// # Errors
+    /// As [`Client::send_with_fds`].
+    pub fn clone_vm(&mut self, config: CloneConfig, fds: &[BorrowedFd<'_>]) -> Result<CloneInfo, ClientError> {
+        match self.send_with_fds(&Request::VmClone(config), fds)? {
+            Reply::Cloned(clone) => Ok(clone),
+            _ => Err(unexpected(Action::VmClone)),
+        }
+    }
+
     fn write(&mut self, message: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
         let mut rest = message;
         if !fds.is_empty() {
@@ -246,6 +257,7 @@ fn reply(action: Action, status: u16, body: &[u8]) -> Result<Reply, ClientError>
     }
     let bad = |reason: String| ClientError::Answer { action: action.name(), reason };
     match action {
+        Action::VmClone => serde_json::from_slice(body).map(Reply::Cloned).map_err(|error| bad(error.to_string())),
         Action::VmmPing => serde_json::from_slice(body).map(Reply::Ping).map_err(|error| bad(error.to_string())),
         Action::VmInfo => {
             serde_json::from_slice(body).map(|info| Reply::Info(Box::new(info))).map_err(|error| bad(error.to_string()))

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use thiserror::Error;
-use vmm_config::{JsonError, VmConfig};
+use vmm_config::{CloneConfig, JsonError, RestoreConfig, SnapshotConfig, VmConfig};
 
 /// Where all requests live.
 const PREFIX: &str = "/api/v1/";
@@ -32,6 +32,12 @@ pub enum Request {
     VmReboot,
     /// Press the power button.
     VmPowerButton,
+    /// Save the paused machine to a directory.
+    VmSnapshot(SnapshotConfig),
+    /// Make a machine from a snapshot.
+    VmRestore(RestoreConfig),
+    /// Make another process with a machine like the template's; only a zygote answers it.
+    VmClone(CloneConfig),
 }
 
 /// The kind of a [`Request`].
@@ -49,6 +55,9 @@ pub enum Action {
     VmDelete,
     VmReboot,
     VmPowerButton,
+    VmSnapshot,
+    VmRestore,
+    VmClone,
 }
 
 /// The two methods the protocol uses.
@@ -96,6 +105,9 @@ const ROUTES: &[Route] = &[
     route(Action::VmDelete, Method::Put, "vm.delete", "The VM could not be deleted"),
     route(Action::VmReboot, Method::Put, "vm.reboot", "The VM could not reboot"),
     route(Action::VmPowerButton, Method::Put, "vm.power-button", "The power button could not be triggered"),
+    route(Action::VmSnapshot, Method::Put, "vm.snapshot", "The VM could not be snapshotted"),
+    route(Action::VmRestore, Method::Put, "vm.restore", "The VM could not be restored"),
+    route(Action::VmClone, Method::Put, "vm.clone", "The VM could not be cloned"),
 ];
 
 /// Requests of Cloud Hypervisor's that are not supported yet.
@@ -118,9 +130,7 @@ const NOT_SUPPORTED: &[&str] = &[
     "vm.resize",
     "vm.resize-disk",
     "vm.resize-zone",
-    "vm.restore",
     "vm.send-migration",
-    "vm.snapshot",
 ];
 
 /// Why a method, path and body are no [`Request`].
@@ -188,7 +198,9 @@ impl Request {
         Ok(match route.action {
             Action::VmmPing => Self::VmmPing,
             Action::VmmShutdown => Self::VmmShutdown,
-            Action::VmCreate if body.is_empty() => return Err(RequestError::NoBody),
+            Action::VmCreate | Action::VmSnapshot | Action::VmRestore if body.is_empty() => {
+                return Err(RequestError::NoBody);
+            }
             Action::VmCreate => Self::VmCreate(Box::new(VmConfig::from_json(body)?)),
             Action::VmBoot => Self::VmBoot,
             Action::VmInfo => Self::VmInfo,
@@ -198,6 +210,10 @@ impl Request {
             Action::VmDelete => Self::VmDelete,
             Action::VmReboot => Self::VmReboot,
             Action::VmPowerButton => Self::VmPowerButton,
+            Action::VmSnapshot => Self::VmSnapshot(SnapshotConfig::from_json(body)?),
+            Action::VmRestore => Self::VmRestore(RestoreConfig::from_json(body)?),
+            Action::VmClone if body.is_empty() => Self::VmClone(CloneConfig::default()),
+            Action::VmClone => Self::VmClone(CloneConfig::from_json(body)?),
         })
     }
 
@@ -215,6 +231,9 @@ impl Request {
             Self::VmDelete => Action::VmDelete,
             Self::VmReboot => Action::VmReboot,
             Self::VmPowerButton => Action::VmPowerButton,
+            Self::VmSnapshot(_) => Action::VmSnapshot,
+            Self::VmRestore(_) => Action::VmRestore,
+            Self::VmClone(_) => Action::VmClone,
         }
     }
 
@@ -225,6 +244,9 @@ impl Request {
     pub fn body(&self) -> Result<Option<Vec<u8>>, serde_json::Error> {
         match self {
             Self::VmCreate(config) => json(config).map(Some),
+            Self::VmSnapshot(config) => json(config).map(Some),
+            Self::VmRestore(config) => json(config).map(Some),
+            Self::VmClone(config) => json(config).map(Some),
             _ => Ok(None),
         }
     }
@@ -236,6 +258,8 @@ fn json<T: Serialize>(value: &T) -> Result<Vec<u8>, serde_json::Error> {
 
 #[cfg(test)]
 mod tests {
+    use vmm_config::MemoryRestoreMode;
+
     use super::*;
 
     fn all() -> Vec<Request> {
@@ -251,6 +275,14 @@ mod tests {
             Request::VmDelete,
             Request::VmReboot,
             Request::VmPowerButton,
+            Request::VmSnapshot(SnapshotConfig { destination_url: "file:///s".into() }),
+            Request::VmRestore(RestoreConfig {
+                source_url: "file:///s".into(),
+                prefault: false,
+                memory_restore_mode: MemoryRestoreMode::Copy,
+                resume: true,
+            }),
+            Request::VmClone(CloneConfig { fds: vec!["api".into()], ..CloneConfig::default() }),
         ]
     }
 

@@ -20,6 +20,8 @@ pub enum Reply {
     Ping(PingInfo),
     /// Answer to `vm.info`.
     Info(Box<VmInfo>),
+    /// Answer to `vm.clone`.
+    Cloned(CloneInfo),
 }
 
 /// Which VMM this is.
@@ -34,6 +36,13 @@ pub struct PingInfo {
     /// Optional parts that were built in.
     #[serde(default)]
     pub features: Vec<String>,
+}
+
+/// A clone, which is a process of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneInfo {
+    /// Its process id.
+    pub pid: i64,
 }
 
 /// Where in its life a machine is.
@@ -132,6 +141,7 @@ pub fn encode(action: Action, response: &Response) -> Encoded {
         Ok(Reply::Done) => Encoded { status: 204, body: None },
         Ok(Reply::Ping(ping)) => Encoded::json(200, ping),
         Ok(Reply::Info(info)) => Encoded::json(200, info),
+        Ok(Reply::Cloned(clone)) => Encoded::json(200, clone),
         Err(failure) => {
             let status = if *failure == Failure::NotCreated { 404 } else { 500 };
             let mut lines = vec!["Error from API".to_owned(), action.failed().to_owned()];

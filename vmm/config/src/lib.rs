@@ -25,6 +25,7 @@ mod platform;
 mod pmem;
 mod problem;
 mod rng;
+mod snapshot;
 mod unsupported;
 mod vsock;
 
@@ -46,6 +47,7 @@ pub use platform::PlatformConfig;
 pub use pmem::PmemConfig;
 pub use problem::{HostFacts, Problem, ProblemKind};
 pub use rng::RngConfig;
+pub use snapshot::{CloneConfig, MemoryRestoreMode, RestoreConfig, SnapshotConfig, ZygoteConfig};
 pub use unsupported::{Section, Unsupported};
 pub use vsock::VsockConfig;
 

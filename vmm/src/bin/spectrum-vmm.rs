@@ -15,8 +15,10 @@ use vmm::cli::{Cli, Endpoint, Seccomp};
 use vmm::events::EventMonitor;
 use vmm::inherited::{self, InheritedError};
 use vmm::sandbox::{Filters, Mode, SeccompError, Unconfined};
+use vmm::zygote::Zygote;
 use vmm::{Outcome, Vmm, panics};
 use vmm_api::Server;
+use vmm_config::ZygoteConfig;
 
 /// The exit status of a wrong command line.
 const USAGE: u8 = 2;
@@ -63,6 +65,9 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         (_, Some(fd)) => Some(EventMonitor::from_fd(fd)?),
         _ => None,
     };
+    if let Some(zygote) = &cli.zygote {
+        return be_zygote(cli, zygote);
+    }
     let (kvm, signals) = (Arc::new(Kvm::open()?), signals()?);
     let mut vmm = Vmm::new(kvm, Box::new(RutabagaFactory), confine(cli.seccomp)?)?;
     vmm.end_on(signals);
@@ -80,7 +85,31 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         vmm.create(config)?;
         vmm.boot()?;
     }
+    if let Some(from) = &cli.restore {
+        vmm.restore(from)?;
+    }
     Ok(vmm.run()?)
+}
+
+/// Makes clones until told to end; each of them is a VMM of its own.
+fn be_zygote(cli: &Cli, config: &ZygoteConfig) -> Result<Outcome, Box<dyn Error>> {
+    let seccomp = cli.seccomp;
+    let prepare = |vmm: &mut Vmm| -> Result<(), Box<dyn Error>> {
+        vmm.end_on(signals()?);
+        panics::end_with(vmm.fail_with());
+        Ok(())
+    };
+    let server = Server::bind(&config.socket)?;
+    let zygote = Zygote::new(
+        config,
+        Arc::new(Kvm::open()?),
+        || Box::new(RutabagaFactory),
+        Box::new(move || Ok(confine(seccomp)?)),
+        prepare,
+        Vec::new(),
+    )?;
+    zygote.run(server)?;
+    Ok(Outcome::Ended)
 }
 
 fn take(endpoint: Option<&Endpoint>) -> Result<Option<OwnedFd>, InheritedError> {

@@ -1,6 +1,7 @@
 //! Virtio devices: built by their kinds, then attached to the PCI bus.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::irq::{Msi, MsiSink};
@@ -16,6 +17,7 @@ use super::platform::Platform;
 use super::{BuildError, Ingredients};
 use crate::memory;
 use crate::plan::{PlannedDevice, WindowKind};
+use crate::snapshot::SavedDevice;
 
 /// A device that was built and is not attached yet.
 pub struct BuiltDevice<'a> {
@@ -29,18 +31,20 @@ pub struct BuiltDevice<'a> {
 /// Builds the planned devices and shows their windows to the guest.
 pub fn build<'a>(from: &Ingredients<'a>, vm: &dyn Vm) -> Result<Vec<BuiltDevice<'a>>, BuildError> {
     let mut all = Vec::new();
-    for planned in &from.plan.devices {
+    for (index, planned) in from.plan.devices.iter().enumerate() {
         let kind = KINDS.iter().find(|k| k.name == planned.kind);
         let kind = *kind.ok_or_else(|| BuildError::Plan(format!("no device kind is called {}", planned.kind)))?;
         let console = from.console.map(|s| s.ends()).transpose();
+        let listener = from.listeners.get(&planned.id).map(OwnedFd::try_clone).transpose();
         let request = Request { id: planned.id.clone(), index: planned.index, window: None };
         let built = (kind.build)(BuildContext {
             config: from.config,
             request: &request,
             window: planned.window.map(|w| WindowAddress { guest: GuestAddress(w.start), len: w.len }),
             console: console.map_err(|source| BuildError::Host { what: "open the console", source })?,
+            listener: listener.map_err(|source| BuildError::Host { what: "take over a device's socket", source })?,
             renderer: from.renderer,
-            saved: None,
+            saved: saved_device(from, index).map(|saved| &saved.device),
         })?;
         let window = match (planned.window, built.memory) {
             (Some(planned), Some(memory)) => {
@@ -55,6 +59,11 @@ pub fn build<'a>(from: &Ingredients<'a>, vm: &dyn Vm) -> Result<Vec<BuiltDevice<
         all.push(BuiltDevice { planned, kind, device: built.device, window });
     }
     Ok(all)
+}
+
+/// What a snapshot says of the plan's device number `index`.
+fn saved_device<'a>(from: &Ingredients<'a>, index: usize) -> Option<&'a SavedDevice> {
+    from.saved?.state.devices.get(index)
 }
 
 /// Messages and doorbells through KVM.
@@ -95,7 +104,7 @@ pub fn attach(
 ) -> Result<Vec<Arc<PciTransport>>, BuildError> {
     let through = Arc::new(ThroughKvm(vm.clone()));
     let mut transports = Vec::new();
-    for BuiltDevice { planned, kind, device, .. } in built {
+    for (index, BuiltDevice { planned, kind, device, .. }) in built.into_iter().enumerate() {
         let window = planned.window.filter(|w| w.kind == WindowKind::SharedMemory);
         let transport = PciTransport::new(Setup {
             id: planned.id.clone(),
@@ -106,6 +115,7 @@ pub fn attach(
             msi: through.clone(),
             doorbells: through.clone(),
             thread_setup: from.confinement.device(kind),
+            saved: saved_device(from, index).map(|saved| &saved.transport),
         })
         .map_err(|source| BuildError::Host { what: "make a device's PCI function", source })?;
         if !platform.pci.insert(planned.pci_slot, transport.clone()) {

@@ -4,11 +4,15 @@ mod devices;
 mod payload;
 mod platform;
 
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use ::devices::platform::VmGenIdError;
 use hypervisor::Hypervisor;
+use virtio_devices::device::Memory;
 use virtio_devices::gpu::RendererFactory;
 use virtio_devices::registry::{BuildError as DeviceError, Kind};
 use vm_memory::GuestMemoryAtomic;
@@ -17,6 +21,7 @@ use vmm_config::VmConfig;
 use crate::machine::Machine;
 use crate::memory::{self, MemoryError};
 use crate::plan::Plan;
+use crate::snapshot::{MachineState, MemoryFile, SnapshotError};
 use crate::stream::Stream;
 use crate::vcpu::{Report, ThreadSetup, Vcpus};
 
@@ -32,6 +37,9 @@ pub enum BuildError {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The snapshot cannot be used.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// Kernel or initramfs cannot be opened.
     #[error("cannot open the {what} {}: {source}", path.display())]
     Open {
@@ -89,12 +97,34 @@ pub struct Ingredients<'a> {
     pub serial: Option<&'a Stream>,
     /// The console's stream.
     pub console: Option<&'a Stream>,
+    /// Listening sockets that were handed down, by the identifier of their device.
+    pub listeners: &'a BTreeMap<String, OwnedFd>,
     /// The engine of virtio-gpu.
     pub renderer: &'a dyn RendererFactory,
     /// System-call filters.
     pub confinement: &'a dyn Confinement,
     /// Whom the machine tells what happens.
     pub report: Report,
+    /// What the machine was in the middle of, if it comes from a snapshot; the plan is the snapshot's then.
+    pub saved: Option<Saved<'a>>,
+}
+
+/// A snapshot that a machine is made from.
+#[derive(Clone, Copy)]
+pub struct Saved<'a> {
+    /// The parts' states.
+    pub state: &'a MachineState,
+    /// Guest RAM.
+    pub memory: SavedMemory<'a>,
+}
+
+/// Guest RAM in a snapshot, and how it becomes a machine's.
+#[derive(Clone, Copy)]
+pub enum SavedMemory<'a> {
+    /// All of it is verified and copied.
+    Copy(&'a MemoryFile),
+    /// The file, which has been verified, is mapped; what the guest writes is its own.
+    CopyOnWrite(&'a Arc<File>),
 }
 
 /// Builds a machine; it is paused. Memory slots come before the interrupt controller, which is much cheaper that way.
@@ -104,7 +134,7 @@ pub struct Ingredients<'a> {
 pub fn build(from: &Ingredients<'_>) -> Result<Machine, BuildError> {
     let plan = from.plan;
     let vm = from.hypervisor.create_vm()?;
-    let ram = memory::allocate(&plan.ram, from.config.memory.shared)?;
+    let ram = allocate_ram(from)?;
     memory::add_ram(vm.as_ref(), &plan.ram, &ram)?;
     let built = devices::build(from, vm.as_ref())?;
     let windows = built.iter().filter_map(|d| d.window.clone()).collect();
@@ -112,10 +142,28 @@ pub fn build(from: &Ingredients<'_>) -> Result<Machine, BuildError> {
     let mut platform = platform::Platform::new(from, &vm)?;
     let mem = GuestMemoryAtomic::new(ram.clone());
     let transports = devices::attach(from, built, &vm, &mem, &mut platform)?;
-    let entry = payload::load(from, &ram)?;
-    let vcpus = platform::create_vcpus(from, vm.as_ref(), entry)?;
-    let (buses, serial, power_button) = platform.finish()?;
+    let (buses, parts) = platform.finish()?;
+    let vcpus = match from.saved {
+        None => platform::create_vcpus(from, vm.as_ref(), payload::load(from, &ram)?)?,
+        Some(saved) => {
+            parts.restore(saved.state);
+            platform::restore_vcpus(saved.state, vm.as_ref())?
+        }
+    };
     let start = Vcpus::start(vcpus, &Arc::new(buses), &from.confinement.vcpu(), &from.report);
     let vcpus = start.map_err(|source| BuildError::Host { what: "start a vCPU's thread", source })?;
-    Ok(Machine { vcpus, transports, serial, power_button, _vm: vm, _windows: windows, _ram: ram })
+    Ok(Machine { vcpus, transports, parts, vm, plan: plan.clone(), _windows: windows, ram })
+}
+
+fn allocate_ram(from: &Ingredients<'_>) -> Result<Memory, BuildError> {
+    let ranges = &from.plan.ram;
+    Ok(match from.saved.map(|saved| saved.memory) {
+        None => memory::allocate(ranges, from.config.memory.shared)?,
+        Some(SavedMemory::CopyOnWrite(file)) => memory::map_private(ranges, file)?,
+        Some(SavedMemory::Copy(file)) => {
+            let ram = memory::allocate(ranges, from.config.memory.shared)?;
+            file.copy_to(&ram)?;
+            ram
+        }
+    })
 }

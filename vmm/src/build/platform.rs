@@ -16,7 +16,8 @@ use hypervisor::{Vcpu, VcpuSetup, Vm};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{BuildError, Ingredients, devices::msi_sink};
-use crate::machine::{MachineEvent, SerialPort};
+use crate::machine::{MachineEvent, Parts, SerialPort};
+use crate::snapshot::MachineState;
 use crate::vcpu::Buses;
 
 /// The machine's buses while they are put together.
@@ -25,7 +26,8 @@ pub struct Platform {
     /// The PCI bus.
     pub pci: PciRoot,
     serial: Option<SerialPort>,
-    power_button: Arc<GenericEvent>,
+    events: Arc<GenericEvent>,
+    ioapic: Arc<IoApic>,
 }
 
 fn taken(e: Overlap) -> BuildError {
@@ -37,13 +39,14 @@ impl Platform {
     pub fn new(from: &Ingredients<'_>, vm: &Arc<dyn Vm>) -> Result<Self, BuildError> {
         let ioapic = Arc::new(IoApic::new(msi_sink(vm)));
         let pin = |number| Arc::new(Pin { ioapic: ioapic.clone(), number });
-        let power_button = Arc::new(GenericEvent::new(pin(gsi::GED)));
+        let events = Arc::new(GenericEvent::new(pin(gsi::GED)));
         let serial = serial(from, pin(gsi::COM1))?;
         let mut this = Self {
             buses: Buses { pio: Bus::new(), mmio: Bus::new() },
             pci: PciRoot::new(),
             serial,
-            power_button: power_button.clone(),
+            events: events.clone(),
+            ioapic: ioapic.clone(),
         };
         this.mmio(layout::IOAPIC.start, layout::IOAPIC.size, ioapic)?;
         if let Some(serial) = this.serial.as_ref().map(|s| s.port.clone()) {
@@ -68,7 +71,7 @@ impl Platform {
             }),
         );
         this.port(port::SLEEP_CONTROL, u64::from(port::GED_EVENTS - port::SLEEP_CONTROL), Arc::new(power))?;
-        this.port(port::GED_EVENTS, 1, power_button)?;
+        this.port(port::GED_EVENTS, 1, events)?;
         Ok(this)
     }
 
@@ -82,11 +85,13 @@ impl Platform {
     }
 
     /// Ends the assembly: nothing is added to the buses any more.
-    pub fn finish(mut self) -> Result<(Buses, Option<SerialPort>, Arc<GenericEvent>), BuildError> {
+    pub fn finish(mut self) -> Result<(Buses, Parts), BuildError> {
         let root = Arc::new(std::mem::take(&mut self.pci));
-        self.port(port::PCI_CONFIG_ADDRESS, 8, Arc::new(LegacyConfig::new(root.clone())))?;
+        let pci = Arc::new(LegacyConfig::new(root.clone()));
+        self.port(port::PCI_CONFIG_ADDRESS, 8, pci.clone())?;
         self.mmio(layout::PCI_ECAM.start, layout::PCI_ECAM.size, Arc::new(Ecam::new(root)))?;
-        Ok((self.buses, self.serial, self.power_button))
+        let parts = Parts { serial: self.serial, events: self.events, ioapic: self.ioapic, pci };
+        Ok((self.buses, parts))
     }
 }
 
@@ -95,8 +100,12 @@ fn serial(from: &Ingredients<'_>, irq: Arc<Pin>) -> Result<Option<SerialPort>, B
     let fail = |source| BuildError::Host { what: "open the serial port", source };
     let drained = EventFd::new(EFD_NONBLOCK).map_err(fail)?;
     let signal = drained.try_clone().map_err(fail)?;
-    let port = Arc::new(Serial::new(irq, stream.writer().map_err(fail)?, signal));
-    Ok(Some(SerialPort { port, drained }))
+    let output = stream.writer().map_err(fail)?;
+    let port = match from.saved.and_then(|saved| saved.state.serial.as_ref()) {
+        None => Serial::new(irq, output, signal),
+        Some(saved) => Serial::restored(irq, output, signal, saved).map_err(fail)?,
+    };
+    Ok(Some(SerialPort { port: Arc::new(port), drained }))
 }
 
 /// Makes the vCPUs; the first starts at `entry`.
@@ -113,6 +122,18 @@ pub fn create_vcpus(from: &Ingredients<'_>, vm: &dyn Vm, entry: Entry) -> Result
             fpu: FpuRegs::default(),
             regs: (id == 0).then_some(entry.regs),
         })?;
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// Makes the vCPUs of a snapshot. The clock they count by is set first.
+pub fn restore_vcpus(saved: &MachineState, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>, BuildError> {
+    vm.set_clock(saved.clock)?;
+    let mut vcpus = Vec::new();
+    for (id, state) in (0..).zip(&saved.vcpus) {
+        let mut vcpu = vm.create_vcpu(id)?;
+        vcpu.restore(state)?;
         vcpus.push(vcpu);
     }
     Ok(vcpus)

@@ -148,6 +148,7 @@ pub(super) const CONTROL: &[Rule] = &[
     always(libc::SYS_pwrite64, "images"),
     always(libc::SYS_readv, "read kernel and initramfs"),
     always(libc::SYS_writev, "log, sockets"),
+    always(libc::SYS_fsync, "snapshots are on the disk before they have a name"),
     always(libc::SYS_ftruncate, "size of shared memory"),
     always(libc::SYS_fcntl, "duplicate, make non-blocking, lock images"),
     always(libc::SYS_flock, "lock images"),

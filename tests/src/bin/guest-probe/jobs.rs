@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::thread::available_parallelism;
+use std::time::Instant;
 
 use rustix::system::RebootCommand;
 
@@ -24,6 +25,7 @@ pub fn run(job: &str) -> Outcome {
         "image" => image(argument),
         "overwrite" => overwrite(argument),
         "write" => write_device(argument),
+        "churn" => churn(argument),
         "refused" => refused(argument),
         "vsock-connect" => crate::vsock::connect(argument),
         "vsock-listen" => crate::vsock::listen(argument),
@@ -168,6 +170,30 @@ fn overwrite(device: &str) -> Outcome {
     let mut back = [0; 16];
     file.read_exact(&mut back).map_err(text)?;
     Ok(String::from_utf8_lossy(&back).into_owned())
+}
+
+/// How often [`churn`] goes round.
+const ROUNDS: u32 = 150;
+
+/// Writes blocks of a device and reads them back past the page cache, over and over, and looks whether the clock ever
+/// goes backwards; says which round it is in.
+fn churn(device: &str) -> Outcome {
+    let mut file = OpenOptions::new().read(true).write(true).open(device).map_err(text)?;
+    let (mut back, mut last) = (vec![0; 1 << 16], Instant::now());
+    for round in 1..=ROUNDS {
+        let at = SeekFrom::Start(u64::from(round % 8) << 16);
+        let bytes: Vec<u8> = (0u32..1 << 14).flat_map(|word| (word ^ round << 16).to_le_bytes()).collect();
+        file.seek(at).and_then(|_| file.write_all(&bytes)).and_then(|()| file.sync_all()).map_err(text)?;
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).map_err(text)?;
+        file.seek(at).and_then(|_| file.read_exact(&mut back)).map_err(text)?;
+        let now = Instant::now();
+        if back != bytes || now < last {
+            return Err(format!("round {round}: other bytes, or {now:?} after {last:?}"));
+        }
+        last = now;
+        say(&format!("churn: round {round}."));
+    }
+    Ok("all rounds".into())
 }
 
 /// Says how writing to a device that is read-only fails.

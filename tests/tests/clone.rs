@@ -1,0 +1,166 @@
+//! Clones: many machines of one snapshot, each a process of its own.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use tests::{Vmm, VmmCommand, tiny};
+use vmm_api::{Client, Request};
+use vmm_config::{CloneConfig, SnapshotConfig};
+
+/// A snapshot of a counting guest in `directory`.
+fn counter(directory: &Path) {
+    let mut vmm = VmmCommand::tiny().api().spawn();
+    vmm.wait_for("tick 00000010");
+    let mut client = vmm.client();
+    client.send(&Request::VmPause).unwrap();
+    let to = SnapshotConfig { destination_url: format!("file://{}", directory.display()) };
+    client.send(&Request::VmSnapshot(to)).unwrap();
+}
+
+/// A zygote for the snapshot in `directory`, and a connection to it.
+fn zygote(directory: &Path) -> (Vmm, Client) {
+    let command = VmmCommand::new();
+    let socket = command.path("api");
+    let flag = format!("source_url=file://{},socket={}", directory.display(), socket.display());
+    let mut zygote = command.arg("--zygote", flag).spawn();
+    let client = zygote.client();
+    (zygote, client)
+}
+
+/// A clone whose serial port is a pipe, and the end to read.
+fn clone(client: &mut Client, config: CloneConfig) -> (Pid, BufReader<File>) {
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    let mut fds = config.fds;
+    fds.push("serial".into());
+    let info = client.clone_vm(CloneConfig { fds, ..config }, &[write.as_fd()]).unwrap();
+    (Pid::from_raw(i32::try_from(info.pid).unwrap()).unwrap(), BufReader::new(File::from(read)))
+}
+
+/// Kills a clone and waits until it is gone.
+fn end(pid: Pid) {
+    let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    let mut gone = [PollFd::new(&process, PollFlags::IN)];
+    poll(&mut gone, None).unwrap();
+}
+
+fn first_tick(output: &mut BufReader<File>) -> u32 {
+    let mut rest = String::new();
+    // The rest of the line it was saved in the middle of.
+    output.read_line(&mut rest).unwrap();
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    tiny::tick(&line).unwrap_or_else(|| panic!("{rest:?} {line:?}"))
+}
+
+#[test]
+fn clones_go_on_each_for_itself() {
+    let keep = tempfile::tempdir().unwrap();
+    let directory = keep.path().join("snapshot");
+    counter(&directory);
+    let (zygote, mut client) = zygote(&directory);
+    let (one, mut a) = clone(&mut client, CloneConfig::default());
+    let (two, mut b) = clone(&mut client, CloneConfig::default());
+    assert_ne!(one, two);
+    let from = first_tick(&mut a);
+    assert_eq!(first_tick(&mut b), from);
+    // One of them dies; the other, and the zygote, do not notice.
+    kill_process(one, Signal::KILL).unwrap();
+    a.lines().for_each(drop);
+    let mut line = String::new();
+    b.read_line(&mut line).unwrap();
+    assert_eq!(tiny::tick(&line), Some(from + 1));
+    client.ping().unwrap();
+    // The zygote dies; the clone does not notice.
+    drop(zygote);
+    for n in 2..200 {
+        line.clear();
+        b.read_line(&mut line).unwrap();
+        assert_eq!(tiny::tick(&line), Some(from + n));
+    }
+    kill_process(two, Signal::TERM).unwrap();
+    b.lines().for_each(drop);
+}
+
+/// A clone answers on a socket of its own, which it was handed.
+#[test]
+fn a_clone_has_its_own_api() {
+    let keep = tempfile::tempdir().unwrap();
+    let directory = keep.path().join("snapshot");
+    counter(&directory);
+    let (_zygote, mut client) = zygote(&directory);
+    let (socket, path) = {
+        let path = keep.path().join("clone-api");
+        (OwnedFd::from(UnixListener::bind(&path).unwrap()), path)
+    };
+    let config = CloneConfig { fds: vec!["api".into()], paused: true, ..CloneConfig::default() };
+    let info = client.clone_vm(config, &[socket.as_fd()]).unwrap();
+    let mut own = Client::connect(&path).unwrap();
+    assert_eq!(own.ping().unwrap().pid, info.pid);
+    assert_eq!(own.info().unwrap().state, vmm_api::VmState::Paused);
+    own.send(&Request::VmResume).unwrap();
+    // It can be saved like any machine, and what it says of itself goes for no other.
+    own.send(&Request::VmPause).unwrap();
+    let again = keep.path().join("again");
+    let to = SnapshotConfig { destination_url: format!("file://{}", again.display()) };
+    own.send(&Request::VmSnapshot(to)).unwrap();
+    own.send(&Request::VmmShutdown).unwrap();
+    let (_other, mut other) = zygote(&again);
+    let (pid, mut output) = clone(&mut other, CloneConfig::default());
+    first_tick(&mut output);
+    kill_process(pid, Signal::KILL).unwrap();
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused() {
+    let keep = tempfile::tempdir().unwrap();
+    let directory = keep.path().join("snapshot");
+    counter(&directory);
+    let (zygote, mut client) = zygote(&directory);
+    let null = File::open("/dev/null").unwrap();
+    let mut refusal = |names: &[&str], fds: usize| {
+        let config = CloneConfig { fds: names.iter().map(ToString::to_string).collect(), ..CloneConfig::default() };
+        client.clone_vm(config, &vec![null.as_fd(); fds]).unwrap_err().to_string()
+    };
+    assert!(refusal(&["serial"], 0).contains("0 descriptors came along, and 1 were announced"));
+    assert!(refusal(&["serial", "serial"], 2).contains("the same purpose"));
+    assert!(refusal(&["_gpu0"], 1).contains("a descriptor is for _gpu0, and a clone has _rng, api, console, serial"));
+    let info = client.send(&Request::VmInfo).unwrap_err().to_string();
+    assert!(info.contains("a zygote does not answer vm.info"), "{info}");
+    client.send(&Request::VmmShutdown).unwrap();
+    zygote.wait().assert_success();
+}
+
+/// A thousand clones come and go: the zygote is as it was, and nothing of them is left.
+#[test]
+fn a_thousand_clones_leave_nothing_behind() {
+    let keep = tempfile::tempdir().unwrap();
+    let directory = keep.path().join("snapshot");
+    counter(&directory);
+    let (zygote, mut client) = zygote(&directory);
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", zygote.pid())).unwrap().count();
+    let memory = || -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", zygote.pid())).unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix("Anonymous:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    let mut before = None;
+    for round in 0..1000 {
+        let (pid, mut output) = clone(&mut client, CloneConfig::default());
+        first_tick(&mut output);
+        end(pid);
+        if round == 20 {
+            before = Some((descriptors(), memory()));
+        }
+    }
+    let (fds, kib) = before.unwrap();
+    assert_eq!(descriptors(), fds);
+    assert!(memory() <= kib + 64, "{} KiB after {kib}", memory());
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", zygote.pid())).unwrap();
+    assert_eq!(children.trim(), "", "processes are left");
+}

@@ -1,0 +1,236 @@
+//! Machines that are saved, and go on in another process.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use rustix::process::Signal;
+use tests::{Vmm, VmmCommand, tiny};
+use vmm_api::{Client, Request};
+use vmm_config::{MemoryRestoreMode, RestoreConfig, SnapshotConfig};
+
+const MODES: [(&str, MemoryRestoreMode); 2] =
+    [("copyonwrite", MemoryRestoreMode::CopyOnWrite), ("copy", MemoryRestoreMode::Copy)];
+
+fn url(directory: &Path) -> String {
+    format!("file://{}", directory.display())
+}
+
+/// Pauses the machine and saves it to `directory`.
+fn save(client: &mut Client, directory: &Path) {
+    client.send(&Request::VmPause).unwrap();
+    client.send(&Request::VmSnapshot(SnapshotConfig { destination_url: url(directory) })).unwrap();
+}
+
+/// A VMM with an API socket that goes on with what is in `directory`.
+fn restored(directory: &Path, mode: &str) -> Vmm {
+    let from = format!("source_url={},memory_restore_mode={mode},resume=true", url(directory));
+    VmmCommand::new().api().arg("--restore", from).spawn()
+}
+
+/// Kills the VMM, as the loss of power would; the last number that was printed.
+fn kill(vmm: Vmm) -> u32 {
+    vmm.signal(Signal::KILL);
+    let all = vmm.wait().stdout;
+    // The line it was in the middle of does not count.
+    let (whole, _) = all.rsplit_once('\n').unwrap();
+    whole.lines().rev().find_map(tiny::tick).unwrap()
+}
+
+/// The first line that is printed is the rest of the one that was begun; the number after it.
+fn first_tick(vmm: &mut Vmm) -> u32 {
+    loop {
+        let line = vmm.wait_for("");
+        if let Some(tick) = tiny::tick(&line) {
+            return tick;
+        }
+    }
+}
+
+#[test]
+fn a_counter_goes_on_in_another_process_generation_after_generation() {
+    let keep = tempfile::tempdir().unwrap();
+    let mut vmm = VmmCommand::tiny().api().spawn();
+    vmm.wait_for("tick 00000010");
+    let mut last = 0;
+    for generation in 0..20 {
+        let (name, _) = MODES[generation % MODES.len()];
+        let directory = keep.path().join(generation.to_string());
+        save(&mut vmm.client(), &directory);
+        let at = kill(vmm);
+        assert!(at >= last, "{at} after {last}");
+        vmm = restored(&directory, name);
+        let next = first_tick(&mut vmm);
+        assert!(next == at + 1 || next == at + 2, "generation {generation} ({name}): {next} after {at}");
+        last = next;
+    }
+    vmm.client().send(&Request::VmmShutdown).unwrap();
+    vmm.wait().assert_success();
+}
+
+/// The same machine in the same process, by the API alone.
+#[test]
+fn a_snapshot_is_restored_by_the_api() {
+    let keep = tempfile::tempdir().unwrap();
+    let mut vmm = VmmCommand::tiny().api().spawn();
+    vmm.wait_for("tick 00000010");
+    let mut client = vmm.client();
+    let directory = keep.path().join("snapshot");
+    let running = client.send(&Request::VmSnapshot(SnapshotConfig { destination_url: url(&directory) }));
+    assert!(running.unwrap_err().to_string().contains("pause it before"));
+    save(&mut client, &directory);
+    let again = client.send(&Request::VmSnapshot(SnapshotConfig { destination_url: url(&directory) }));
+    assert!(again.unwrap_err().to_string().contains("holds a snapshot already"));
+    for (_, mode) in MODES {
+        let from =
+            RestoreConfig { source_url: url(&directory), prefault: false, memory_restore_mode: mode, resume: false };
+        assert!(client.send(&Request::VmRestore(from.clone())).is_err(), "there is a machine");
+        client.send(&Request::VmDelete).unwrap();
+        let before = vmm.text().len();
+        client.send(&Request::VmRestore(from)).unwrap();
+        assert_eq!(vmm.text().len(), before, "it is paused");
+        client.send(&Request::VmResume).unwrap();
+        first_tick(&mut vmm);
+        // It is the same as any: it pauses, and reboots from its kernel.
+        client.send(&Request::VmPause).unwrap();
+        client.send(&Request::VmReboot).unwrap();
+        vmm.wait_for("tick 00000000");
+        client.send(&Request::VmPause).unwrap();
+    }
+    client.send(&Request::VmmShutdown).unwrap();
+    vmm.wait().assert_success();
+}
+
+/// What a restore that cannot be says.
+fn refusal(directory: &Path, mode: &str) -> String {
+    let from = format!("source_url={},memory_restore_mode={mode}", url(directory));
+    let ended = VmmCommand::new().arg("--restore", from).run();
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    ended.stderr
+}
+
+#[test]
+fn what_is_no_snapshot_is_refused_in_a_sentence() {
+    let keep = tempfile::tempdir().unwrap();
+    let mut vmm = VmmCommand::tiny().api().spawn();
+    vmm.wait_for("tick 00000001");
+    let directory = keep.path().join("snapshot");
+    save(&mut vmm.client(), &directory);
+    drop(vmm);
+    let file = |name: &str| directory.join(name);
+    let tamper = |name: &str, change: &dyn Fn(&mut Vec<u8>), sentence: &str| {
+        let whole = fs::read(file(name)).unwrap();
+        let mut changed = whole.clone();
+        change(&mut changed);
+        fs::write(file(name), changed).unwrap();
+        for (mode, _) in MODES {
+            let said = refusal(&directory, mode);
+            assert!(said.contains(sentence) && said.lines().count() == 1, "{name}: {said}");
+        }
+        fs::write(file(name), whole).unwrap();
+    };
+    let path = |name: &str| file(name).display().to_string();
+    let changed = |name: &str| format!("{} is damaged: its contents are not what was written", path(name));
+    tamper("config.json", &|bytes| bytes[20] ^= 1, &changed("config.json"));
+    tamper("state.bin", &|bytes| bytes.truncate(100), &changed("state.bin"));
+    tamper("memory.sums", &|bytes| bytes.clear(), &changed("memory.sums"));
+    tamper(
+        "memory",
+        &|bytes| bytes[0x10_0001] ^= 4,
+        "memory is damaged: the bytes at 0x100000 are not what was written",
+    );
+    tamper("memory", &|bytes| bytes.truncate(4096), "memory is damaged: it has 4096 bytes instead of 16777216");
+    tamper("snapshot.json", &|bytes| bytes.truncate(9), "snapshot.json is damaged");
+    let newer = |bytes: &mut Vec<u8>| *bytes = String::from_utf8_lossy(bytes).replacen(": 1,", ": 2,", 1).into_bytes();
+    tamper("snapshot.json", &newer, "has format version 2, and this program reads version 1");
+    fs::remove_file(file("memory")).unwrap();
+    assert!(refusal(&directory, "copy").contains(&format!("cannot open {}: No such file", path("memory"))));
+    assert!(refusal(keep.path(), "copy").contains("holds no snapshot"));
+    let no_url = VmmCommand::new().arg("--restore", "source_url=/somewhere").run();
+    assert!(no_url.stderr.contains("write file:// and the absolute path of a directory"), "{}", no_url.stderr);
+}
+
+/// A guest whose memory others see cannot have it copy-on-write, and hears so.
+#[test]
+fn shared_memory_is_never_copy_on_write() {
+    let keep = tempfile::tempdir().unwrap();
+    let mut vmm = VmmCommand::tiny().arg("--memory", "size=16M,shared=on").api().spawn();
+    vmm.wait_for("tick 00000001");
+    let directory: PathBuf = keep.path().join("snapshot");
+    save(&mut vmm.client(), &directory);
+    drop(vmm);
+    let said = refusal(&directory, "copyonwrite");
+    assert!(said.contains("memory.shared=on") && said.contains("memory_restore_mode=copy"), "{said}");
+    first_tick(&mut restored(&directory, "copy"));
+}
+
+/// Answers the guest's calls on port 5000 of `socket`, again and again, for as long as the test runs.
+fn answer_calls(socket: &Path) {
+    let listener = UnixListener::bind(format!("{}_5000", socket.display())).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let stream = stream.unwrap();
+            let mut heard = String::new();
+            BufReader::new(&stream).read_line(&mut heard).unwrap();
+            (&stream).write_all(b"hello from the host\n").unwrap();
+        }
+    });
+}
+
+/// Debian, saved while its disk is busy, goes on with everything it has.
+#[test]
+fn a_debian_guest_goes_on_with_all_its_devices() {
+    let keep = tempfile::tempdir().unwrap();
+    let jobs = [
+        "vsock-connect=5000",
+        "churn=/dev/vda",
+        "echo",
+        "cpus",
+        "entropy",
+        "image=/dev/pmem0",
+        "overwrite=/dev/vda",
+        "write=/dev/hvc0",
+        "vsock-connect=5000",
+    ];
+    let modules = ["virtio-rng", "virtio_pmem", "nd_pmem", "virtio_blk", "vmw_vsock_virtio_transport"];
+    let [disk, image, console, socket, directory, then] =
+        ["disk", "image", "console", "socket", "snapshot", "disk-then"].map(|name| keep.path().join(name));
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    fs::write(&image, (0..1000u64).flat_map(u64::to_le_bytes).collect::<Vec<u8>>()).unwrap();
+    answer_calls(&socket);
+    let mut vmm = VmmCommand::probe(&modules, &jobs)
+        .api()
+        .arg("--cpus", "boot=2")
+        .arg("--disk", format!("path={}", disk.display()))
+        .arg("--pmem", format!("file={},discard_writes=on", image.display()))
+        .arg("--console", format!("file={}", console.display()))
+        .arg("--vsock", format!("cid=3,socket={}", socket.display()))
+        .spawn();
+    vmm.wait_for("probe: vsock-connect=5000: hello from the host");
+    vmm.wait_for("churn: round 20.");
+    save(&mut vmm.client(), &directory);
+    vmm.signal(Signal::KILL);
+    let before = vmm.wait().stdout;
+    assert!(!before.contains("all rounds"), "it was over before it was saved");
+    fs::copy(&disk, &then).unwrap();
+    for (mode, _) in MODES {
+        fs::copy(&then, &disk).unwrap();
+        let mut vmm = restored(&directory, mode);
+        vmm.wait_for("probe: churn=/dev/vda: all rounds");
+        vmm.wait_for("probe: echo: type");
+        vmm.type_text("still there?\n");
+        vmm.wait_for("probe: echo: still there?");
+        assert_eq!(vmm.wait_for("probe: cpus"), "probe: cpus: 0-1 online, 2 usable");
+        vmm.wait_for("probe: entropy: ");
+        assert_eq!(vmm.wait_for("probe: image"), "probe: image=/dev/pmem0: 2097152 bytes, 1000 words, 2089152 zeros");
+        assert_eq!(vmm.wait_for("probe: overwrite"), "probe: overwrite=/dev/vda: written by guest");
+        assert_eq!(vmm.wait_for("probe: write"), "probe: write=/dev/hvc0: done");
+        vmm.wait_for("probe: vsock-connect=5000: hello from the host");
+        let ended = vmm.wait_here();
+        ended.assert_success();
+        assert!(!ended.stdout.contains("FAILED"), "{}", ended.stdout);
+        assert!(fs::read_to_string(&console).unwrap().contains("hello from the guest"));
+        fs::write(&console, "").unwrap();
+    }
+}

@@ -1,0 +1,167 @@
+//! Where snapshots go and come from: what `vm.snapshot`, `vm.restore` and `--restore` are told.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::json::{self, JsonError};
+use crate::keyvalue::{ParseError, Syntax};
+
+/// The directory a `file://` URL names; nothing if it is no such URL.
+fn directory(url: &str) -> Option<&Path> {
+    let path = Path::new(url.strip_prefix("file://")?);
+    path.is_absolute().then_some(path)
+}
+
+/// What `vm.snapshot` is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotConfig {
+    /// `file://` and the absolute path of a directory.
+    pub destination_url: String,
+}
+
+impl SnapshotConfig {
+    /// The directory the URL names; nothing if it names none.
+    pub fn directory(&self) -> Option<&Path> {
+        directory(&self.destination_url)
+    }
+
+    /// Reads the body of a request.
+    ///
+    /// # Errors
+    /// As [`crate::VmConfig::from_json`].
+    pub fn from_json(text: &[u8]) -> Result<Self, JsonError> {
+        json::read(text)
+    }
+}
+
+/// How guest memory comes out of a snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MemoryRestoreMode {
+    /// All of it is read before the guest runs.
+    Copy,
+    /// Each part is read when the guest first touches it.
+    OnDemand,
+    /// The file is mapped; the guest's changes are its own.
+    #[default]
+    CopyOnWrite,
+}
+
+/// What `vm.restore` and `--restore` are told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreConfig {
+    /// `file://` and the absolute path of a snapshot's directory.
+    pub source_url: String,
+    /// Read all memory in before the guest runs, whatever the mode.
+    #[serde(default)]
+    pub prefault: bool,
+    /// How memory is restored.
+    #[serde(default)]
+    pub memory_restore_mode: MemoryRestoreMode,
+    /// Let the guest run at once; otherwise the machine is paused.
+    #[serde(default)]
+    pub resume: bool,
+}
+
+impl RestoreConfig {
+    /// The flag's syntax.
+    pub const SYNTAX: Syntax = Syntax {
+        flag: "--restore",
+        words: &[],
+        keys: &["source_url", "prefault", "memory_restore_mode", "resume"],
+        unsupported: &["net_fds"],
+    };
+
+    /// Reads `source_url=file:///DIR,memory_restore_mode=copy|ondemand|copyonwrite,prefault=on|off,resume=true|false`.
+    ///
+    /// # Errors
+    /// An unknown key or a value that cannot be read.
+    pub fn parse(text: &str) -> Result<Self, ParseError> {
+        let options = Self::SYNTAX.parse(text)?;
+        let mode = match options.text("memory_restore_mode") {
+            None => MemoryRestoreMode::default(),
+            Some("copy") => MemoryRestoreMode::Copy,
+            Some("ondemand") => MemoryRestoreMode::OnDemand,
+            Some("copyonwrite") => MemoryRestoreMode::CopyOnWrite,
+            Some(other) => return Err(options.bad("memory_restore_mode", other, "copy, ondemand or copyonwrite")),
+        };
+        Ok(Self {
+            source_url: options.required("source_url", "the snapshot's directory, as file:///DIR")?,
+            prefault: options.toggle("prefault", false)?,
+            memory_restore_mode: mode,
+            resume: options.toggle("resume", false)?,
+        })
+    }
+
+    /// The directory the URL names; nothing if it names none.
+    pub fn directory(&self) -> Option<&Path> {
+        directory(&self.source_url)
+    }
+
+    /// Reads the body of a request.
+    ///
+    /// # Errors
+    /// As [`crate::VmConfig::from_json`].
+    pub fn from_json(text: &[u8]) -> Result<Self, JsonError> {
+        json::read(text)
+    }
+}
+
+/// What `--zygote` is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ZygoteConfig {
+    /// `file://` and the absolute path of a snapshot's directory.
+    pub source_url: String,
+    /// Where requests for clones are answered.
+    pub socket: PathBuf,
+}
+
+impl ZygoteConfig {
+    /// The flag's syntax.
+    pub const SYNTAX: Syntax =
+        Syntax { flag: "--zygote", words: &[], keys: &["source_url", "socket"], unsupported: &[] };
+
+    /// Reads `source_url=file:///DIR,socket=PATH`.
+    ///
+    /// # Errors
+    /// An unknown or missing key.
+    pub fn parse(text: &str) -> Result<Self, ParseError> {
+        let options = Self::SYNTAX.parse(text)?;
+        Ok(Self {
+            source_url: options.required("source_url", "the snapshot's directory, as file:///DIR")?,
+            socket: options.required("socket", "a path, such as /run/zygote.sock")?,
+        })
+    }
+
+    /// The directory the URL names; nothing if it names none.
+    pub fn directory(&self) -> Option<&Path> {
+        directory(&self.source_url)
+    }
+}
+
+/// In what a clone differs from the machine it is made of: what `vm.clone` is told.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CloneConfig {
+    /// What the descriptors are that come along with the request, in their order: `api`, a listening socket for the
+    /// clone's API; `serial` and `console`, where text goes and input comes from; or the identifier of a device (such as
+    /// `_vsock0`), a listening socket for it.
+    pub fds: Vec<String>,
+    /// Begins the paths of the sockets that the guest's connections go to, instead of the template's.
+    pub vsock_socket: Option<PathBuf>,
+    /// The compositor's socket, instead of the template's.
+    pub wayland: Option<PathBuf>,
+    /// Leave the clone paused, for its API to resume.
+    pub paused: bool,
+}
+
+impl CloneConfig {
+    /// Reads the body of a request.
+    ///
+    /// # Errors
+    /// As [`crate::VmConfig::from_json`], and for a field that is not known.
+    pub fn from_json(text: &[u8]) -> Result<Self, JsonError> {
+        json::read(text)
+    }
+}

@@ -1,0 +1,193 @@
+//! Guest RAM in a file: sparse, with a hash for each chunk, so that each way of reading it can verify what it reads.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+use virtio_devices::device::Memory;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{SnapshotError, damaged, file_error};
+use crate::plan::PlannedRam;
+
+/// Bytes that are written, hashed and restored together; a multiple of the page size.
+pub const CHUNK: u64 = 64 << 10;
+
+/// BLAKE3 of a chunk.
+type Sum = [u8; blake3::OUT_LEN];
+/// Stands for a chunk of zeroes, for which nothing is written.
+const ZEROES: Sum = [0; blake3::OUT_LEN];
+
+/// A part of RAM that has a hash of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Chunk {
+    guest: u64,
+    /// Where it is in the file.
+    pub offset: u64,
+    len: usize,
+}
+
+/// The chunks of RAM in the order of the file. No chunk is in two ranges.
+fn chunks(ram: &[PlannedRam]) -> impl Iterator<Item = Chunk> {
+    let mut start = 0u64;
+    ram.iter().flat_map(move |range| {
+        let base = start;
+        start = start.saturating_add(range.len);
+        (0..range.len.div_ceil(CHUNK)).map(move |i| {
+            let at = i * CHUNK;
+            let len = usize::try_from((range.len - at).min(CHUNK)).unwrap_or(0);
+            Chunk { guest: range.start + at, offset: base + at, len }
+        })
+    })
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // In parts: an answer comes early where there is data, and each part is one vector operation.
+    bytes.chunks(64).all(|part| part.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+fn sum(bytes: &[u8]) -> Sum {
+    if is_zero(bytes) { ZEROES } else { blake3::hash(bytes).into() }
+}
+
+fn unreadable(e: impl std::error::Error + Send + Sync + 'static) -> io::Error {
+    io::Error::other(e)
+}
+
+/// Writes `memory` to `file` and returns the hashes of its chunks, one after the other.
+pub(super) fn write(memory: &Memory, ram: &[PlannedRam], file: &File) -> io::Result<Vec<u8>> {
+    let mut sums = Vec::new();
+    let mut buffer = vec![0; usize::try_from(CHUNK).unwrap_or(0)];
+    for chunk in chunks(ram) {
+        let part = buffer.get_mut(..chunk.len).unwrap_or_default();
+        memory.read_slice(part, GuestAddress(chunk.guest)).map_err(unreadable)?;
+        let sum = sum(part);
+        if sum != ZEROES {
+            file.write_all_at(part, chunk.offset)?;
+        }
+        sums.extend(sum);
+    }
+    file.set_len(ram.iter().map(|r| r.len).sum())?;
+    Ok(sums)
+}
+
+/// The memory of an opened snapshot. Its size is what the plan says; the rest is verified when it is read.
+pub struct MemoryFile {
+    file: File,
+    path: PathBuf,
+    sums: Vec<Sum>,
+    ram: Vec<PlannedRam>,
+}
+
+impl MemoryFile {
+    pub(super) fn open(path: PathBuf, sums: &[u8], ram: &[PlannedRam]) -> Result<Self, SnapshotError> {
+        let (sums, rest) = sums.as_chunks();
+        let count = ram.iter().fold(0u64, |all, range| all.saturating_add(range.len.div_ceil(CHUNK)));
+        if !rest.is_empty() || sums.len() as u64 != count {
+            return Err(damaged(&path, "there are not as many hashes as it has chunks"));
+        }
+        let file = File::open(&path).map_err(file_error("open", &path))?;
+        let found = file.metadata().map_err(file_error("look at", &path))?;
+        let wanted: u64 = ram.iter().map(|r| r.len).sum();
+        if !found.is_file() || found.len() != wanted {
+            return Err(damaged(&path, format!("it has {} bytes instead of {wanted}", found.len())));
+        }
+        Ok(Self { file, path, sums: sums.to_vec(), ram: ram.to_vec() })
+    }
+
+    /// The file, in which the ranges of RAM follow one another.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes of RAM.
+    pub(super) fn len(&self) -> u64 {
+        self.ram.iter().map(|r| r.len).sum()
+    }
+
+    /// Reads all of it, compares the hashes, and calls `take` with each chunk that is not all zeroes.
+    pub(super) fn read(&self, mut take: impl FnMut(Chunk, &[u8]) -> io::Result<()>) -> Result<(), SnapshotError> {
+        let mut buffer = vec![0; usize::try_from(CHUNK).unwrap_or(0)];
+        let mut next_data = 0;
+        for (chunk, expected) in chunks(&self.ram).zip(&self.sums) {
+            let end = chunk.offset + chunk.len as u64;
+            if next_data < chunk.offset {
+                next_data = self.next_data(chunk.offset).map_err(file_error("read", &self.path))?;
+            }
+            let part = buffer.get_mut(..chunk.len).unwrap_or_default();
+            if next_data >= end {
+                // A hole, which reads as zeroes.
+                part.fill(0);
+            } else {
+                self.file.read_exact_at(part, chunk.offset).map_err(file_error("read", &self.path))?;
+            }
+            if sum(part) != *expected {
+                return Err(damaged(&self.path, format!("the bytes at {:#x} are not what was written", chunk.offset)));
+            }
+            if *expected != ZEROES {
+                take(chunk, part).map_err(file_error("restore memory from", &self.path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the first data at or after `offset` is; beyond every offset if there is none.
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(at) => Ok(at),
+            Err(Errno::NXIO) => Ok(u64::MAX),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Verifies all of it.
+    ///
+    /// # Errors
+    /// If it is damaged or cannot be read.
+    pub fn verify(&self) -> Result<(), SnapshotError> {
+        self.read(|_, _| Ok(()))
+    }
+
+    /// Verifies all of it and copies it into `memory`, which is all zeroes.
+    ///
+    /// # Errors
+    /// If it is damaged or cannot be read.
+    pub fn copy_to(&self, memory: &Memory) -> Result<(), SnapshotError> {
+        self.read(|chunk, part| memory.write_slice(part, GuestAddress(chunk.guest)).map_err(unreadable))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_cover_each_range_and_no_two() {
+        let range = |start, len| PlannedRam { start, len, slot: 0 };
+        let ram = [range(0, CHUNK + 4096), range(1 << 32, CHUNK)];
+        let all: Vec<_> = chunks(&ram).map(|c| (c.guest, c.offset, c.len as u64)).collect();
+        let second = CHUNK + 4096;
+        assert_eq!(all, [(0, 0, CHUNK), (CHUNK, CHUNK, 4096), (1 << 32, second, CHUNK)]);
+        assert_eq!(chunks(&[]).count(), 0);
+    }
+
+    #[test]
+    fn zeroes_are_told_from_all_else() {
+        assert!(is_zero(&[]) && is_zero(&[0; 100]));
+        for at in [0, 7, 63, 64, 99] {
+            let mut bytes = [0; 100];
+            bytes[at] = 1;
+            assert!(!is_zero(&bytes), "{at}");
+        }
+    }
+}

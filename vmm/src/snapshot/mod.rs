@@ -1,0 +1,260 @@
+//! Snapshots: a paused machine in a directory (`docs/snapshot-format.md`).
+//!
+//! ```text
+//!   snapshot.json   version; size and BLAKE3 hash of each other file. Written last: what has none is no snapshot
+//!   config.json     the machine's configuration, as the API takes it
+//!   state.bin       plan, vCPUs, devices
+//!   memory.sums     BLAKE3 hashes of the chunks of memory
+//!   memory          guest RAM, sparse; the ranges of the plan one after the other
+//! ```
+//! Everything read from a snapshot is hostile: sizes are bounded, hashes compared, values checked by who takes them over.
+
+mod manifest;
+mod memory;
+mod state;
+mod template;
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use arch::cpuid::CpuidEntry;
+use vmm_config::{JsonError, VmConfig};
+
+use manifest::{FileSum, Manifest};
+pub use memory::MemoryFile;
+pub use state::{MachineState, SavedDevice};
+pub use template::Template;
+use virtio_devices::device::Memory;
+
+/// The version of the format that is written and read.
+pub const VERSION: u32 = 1;
+
+const MANIFEST: &str = "snapshot.json";
+const CONFIG: &str = "config.json";
+const STATE: &str = "state.bin";
+const SUMS: &str = "memory.sums";
+const MEMORY: &str = "memory";
+/// What a file is called until it is whole.
+const PARTIAL: &str = ".partial";
+
+/// The most bytes of each file but the memory, so that a damaged snapshot cannot exhaust the host.
+const MAX_MANIFEST: u64 = 64 << 10;
+const MAX_CONFIG: u64 = 1 << 20;
+const MAX_STATE: u64 = 64 << 20;
+/// Enough for 4 TiB.
+const MAX_SUMS: u64 = 2 << 30;
+
+/// Why there is no snapshot, or none that can be used: one sentence for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The URL names no directory.
+    #[error("{0:?} names no snapshot: write file:// and the absolute path of a directory")]
+    Url(String),
+    /// There is one already.
+    #[error("{} holds a snapshot already; choose another directory or remove it", .0.display())]
+    Exists(PathBuf),
+    /// The directory holds none.
+    #[error("{} holds no snapshot: there is no {MANIFEST} in it", .0.display())]
+    Missing(PathBuf),
+    /// A file cannot be read or written.
+    #[error("cannot {what} {}: {source}", path.display())]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Another version's.
+    #[error("{} has format version {found}, and this program reads version {VERSION}; take the snapshot again", path.display())]
+    Version {
+        /// The manifest.
+        path: PathBuf,
+        /// Its version.
+        found: u64,
+    },
+    /// A file is not what was written.
+    #[error("{} is damaged: {what}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// How it can be seen.
+        what: String,
+    },
+    /// The configuration cannot be read.
+    #[error("{}: {source}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: JsonError,
+    },
+    /// The guest was told of features that this host's CPU does not have.
+    #[error("the snapshot was taken on another kind of CPU; this one lacks {}", .0.join(", "))]
+    Cpu(Vec<String>),
+    /// Guest memory has to be a machine's own.
+    #[error("guest memory cannot be copy-on-write: {0}; restore it with memory_restore_mode=copy")]
+    NotCopyOnWrite(&'static str),
+    /// The machine cannot be saved as it is.
+    #[error("{0}")]
+    Unsaved(String),
+}
+
+/// The error of an operation on a file.
+fn file_error<'a>(what: &'static str, path: &'a Path) -> impl Fn(io::Error) -> SnapshotError + 'a {
+    move |source| SnapshotError::File { what, path: path.to_owned(), source }
+}
+
+fn damaged(path: &Path, what: impl Into<String>) -> SnapshotError {
+    SnapshotError::Damaged { path: path.to_owned(), what: what.into() }
+}
+
+/// An opened snapshot. All but the memory has been read and verified.
+pub struct Snapshot {
+    /// The machine's configuration.
+    pub config: VmConfig,
+    /// What it was in the middle of.
+    pub state: MachineState,
+    /// Guest RAM.
+    pub memory: MemoryFile,
+}
+
+impl Snapshot {
+    /// Opens the snapshot in `directory` and verifies everything but the memory.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged or of another version.
+    pub fn open(directory: &Path) -> Result<Self, SnapshotError> {
+        let manifest = Manifest::read(directory)?;
+        let path = directory.join(CONFIG);
+        let text = read_verified(&path, &manifest.config, MAX_CONFIG)?;
+        let config = VmConfig::from_json(&text).map_err(|source| SnapshotError::Config { path, source })?;
+        let path = directory.join(STATE);
+        let bytes = read_verified(&path, &manifest.state, MAX_STATE)?;
+        let state = MachineState::from_bytes(&bytes).map_err(|what| damaged(&path, what))?;
+        state.check(&config).map_err(|what| damaged(&path, what))?;
+        let sums = read_verified(&directory.join(SUMS), &manifest.memory_sums, MAX_SUMS)?;
+        let memory = MemoryFile::open(directory.join(MEMORY), &sums, &state.plan.ram)?;
+        Ok(Self { config, state, memory })
+    }
+
+    /// Whether its guest can go on on a host that supports `cpuid`.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Cpu`].
+    pub fn check_cpu(&self, cpuid: &[CpuidEntry]) -> Result<(), SnapshotError> {
+        let lacking = self.state.vcpus.first().map(|vcpu| arch::features::lacking(&vcpu.cpuid, cpuid));
+        match lacking {
+            Some(lacking) if !lacking.is_empty() => Err(SnapshotError::Cpu(lacking)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether its memory can be the private mapping of a file.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotCopyOnWrite`].
+    pub fn check_copy_on_write(&self) -> Result<(), SnapshotError> {
+        let memory = &self.config.memory;
+        match () {
+            () if memory.shared => {
+                Err(SnapshotError::NotCopyOnWrite("memory.shared=on makes all of it visible to other processes"))
+            }
+            () if memory.hugepages => Err(SnapshotError::NotCopyOnWrite("memory.hugepages=on needs memory of its own")),
+            () => Ok(()),
+        }
+    }
+
+    /// Writes a snapshot into `directory`, which is made if it is not there. Whatever happens, it either holds all of
+    /// it in the end or is no snapshot.
+    ///
+    /// # Errors
+    /// If it holds one already, or a file cannot be written.
+    pub fn write(
+        directory: &Path,
+        config: &VmConfig,
+        state: &MachineState,
+        memory: &Memory,
+    ) -> Result<(), SnapshotError> {
+        if fs::exists(directory.join(MANIFEST)).map_err(file_error("look into", directory))? {
+            return Err(SnapshotError::Exists(directory.to_owned()));
+        }
+        fs::create_dir_all(directory).map_err(file_error("make the directory", directory))?;
+        let result = write_files(directory, config, state, memory);
+        if result.is_err() {
+            // Without a manifest they are nothing; if one cannot be removed, the next attempt overwrites it.
+            for name in [MANIFEST, CONFIG, STATE, SUMS, MEMORY] {
+                let _ = fs::remove_file(directory.join(format!("{name}{PARTIAL}")));
+                let _ = fs::remove_file(directory.join(name));
+            }
+        }
+        result
+    }
+}
+
+fn write_files(
+    directory: &Path,
+    config: &VmConfig,
+    state: &MachineState,
+    memory: &Memory,
+) -> Result<(), SnapshotError> {
+    let path = directory.join(MEMORY);
+    let partial = directory.join(format!("{MEMORY}{PARTIAL}"));
+    let file = File::create(&partial).map_err(file_error("make", &partial))?;
+    let sums = memory::write(memory, &state.plan.ram, &file).map_err(file_error("write", &partial))?;
+    finish(&file, &partial, &path)?;
+    let text = serde_json::to_vec_pretty(config)
+        .map_err(|e| SnapshotError::Unsaved(format!("the configuration cannot be saved: {e}")))?;
+    let manifest = Manifest {
+        version: VERSION,
+        config: write_file(directory, CONFIG, &text)?,
+        state: write_file(directory, STATE, &state.to_bytes().map_err(SnapshotError::Unsaved)?)?,
+        memory_sums: write_file(directory, SUMS, &sums)?,
+    };
+    // The others' names are on the disk before the manifest says that they are there.
+    sync_directory(directory)?;
+    write_file(directory, MANIFEST, &manifest.to_text())?;
+    sync_directory(directory)
+}
+
+fn write_file(directory: &Path, name: &str, bytes: &[u8]) -> Result<FileSum, SnapshotError> {
+    let partial = directory.join(format!("{name}{PARTIAL}"));
+    let mut file = File::create(&partial).map_err(file_error("make", &partial))?;
+    file.write_all(bytes).map_err(file_error("write", &partial))?;
+    finish(&file, &partial, &directory.join(name))?;
+    Ok(FileSum::of(bytes))
+}
+
+/// Gives a file that is whole its name.
+fn finish(file: &File, partial: &Path, path: &Path) -> Result<(), SnapshotError> {
+    file.sync_all().map_err(file_error("write", partial))?;
+    fs::rename(partial, path).map_err(file_error("give its name to", path))
+}
+
+fn sync_directory(directory: &Path) -> Result<(), SnapshotError> {
+    File::open(directory).and_then(|d| d.sync_all()).map_err(file_error("write", directory))
+}
+
+/// All of a file of at most `max` bytes.
+fn read_file(path: &Path, max: u64) -> Result<Vec<u8>, SnapshotError> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(file_error("open", path))?;
+    file.take(max + 1).read_to_end(&mut bytes).map_err(file_error("read", path))?;
+    if bytes.len() as u64 > max {
+        return Err(damaged(path, format!("it is longer than {max} bytes")));
+    }
+    Ok(bytes)
+}
+
+fn read_verified(path: &Path, sum: &FileSum, max: u64) -> Result<Vec<u8>, SnapshotError> {
+    let bytes = read_file(path, max)?;
+    if FileSum::of(&bytes) != *sum {
+        return Err(damaged(path, "its contents are not what was written"));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests;

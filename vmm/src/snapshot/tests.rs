@@ -1,0 +1,225 @@
+//! Snapshots written, read and damaged.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::memory as ram;
+use crate::plan::{Plan, PlanFacts};
+
+const FILES: [&str; 5] = [MANIFEST, CONFIG, STATE, SUMS, MEMORY];
+
+fn config() -> VmConfig {
+    VmConfig::from_json(br#"{"memory":{"size":1048576},"serial":{"mode":"Null"},"console":{"mode":"Off"}}"#).unwrap()
+}
+
+/// A machine without devices that are worth mentioning, and a little in its memory.
+fn saved() -> (VmConfig, MachineState, Memory) {
+    let config = config();
+    let host = vmm_config::HostFacts { memory: 1 << 30, page_size: 4096, max_vcpus: 1, ..Default::default() };
+    let mut plan = Plan::new(&config, &PlanFacts { host, physical_bits: 40 }).unwrap();
+    plan.devices.clear();
+    let memory = ram::allocate(&plan.ram, false).unwrap();
+    memory.write_slice(b"at the start", GuestAddress(0)).unwrap();
+    memory.write_slice(b"in the middle", GuestAddress(0x4_5678)).unwrap();
+    memory.write_slice(b"at the end", GuestAddress((1 << 20) - 10)).unwrap();
+    let state = MachineState {
+        plan,
+        clock: 77,
+        ioapic: devices::legacy::IoApicState::default(),
+        serial: None,
+        events: 0,
+        pci_address: 5,
+        devices: Vec::new(),
+        vcpus: vec![hypervisor::VcpuState::default()],
+    };
+    (config, state, memory)
+}
+
+/// A snapshot in a directory of its own, of a machine whose plan says what `open` is to accept.
+fn written() -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let (config, state, memory) = saved();
+    Snapshot::write(directory.path(), &config, &state, &memory).unwrap();
+    directory
+}
+
+/// Reads everything, as a restore does, but for what the plan says of devices.
+fn read(directory: &Path) -> Result<(MachineState, Memory), SnapshotError> {
+    let manifest = Manifest::read(directory)?;
+    let text = read_verified(&directory.join(CONFIG), &manifest.config, MAX_CONFIG)?;
+    VmConfig::from_json(&text).map_err(|source| SnapshotError::Config { path: CONFIG.into(), source })?;
+    let path = directory.join(STATE);
+    let state = MachineState::from_bytes(&read_verified(&path, &manifest.state, MAX_STATE)?);
+    let state = state.map_err(|what| damaged(&path, what))?;
+    let sums = read_verified(&directory.join(SUMS), &manifest.memory_sums, MAX_SUMS)?;
+    let file = MemoryFile::open(directory.join(MEMORY), &sums, &state.plan.ram)?;
+    let memory = ram::allocate(&state.plan.ram, false).unwrap();
+    file.copy_to(&memory)?;
+    file.verify()?;
+    Ok((state, memory))
+}
+
+#[test]
+fn what_was_written_is_read() {
+    let directory = written();
+    let (state, memory) = read(directory.path()).unwrap();
+    assert_eq!((state.clock, state.pci_address), (77, 5));
+    let (_, _, before) = saved();
+    let all = |memory: &Memory| {
+        let mut bytes = vec![0; 1 << 20];
+        memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        bytes
+    };
+    assert!(all(&memory) == all(&before));
+    let names = fs::read_dir(directory.path()).unwrap().count();
+    assert_eq!(names, FILES.len(), "nothing else is left there");
+    // Mapped instead of read: the same, and what is written does not reach the file.
+    let file = std::sync::Arc::new(File::open(directory.path().join(MEMORY)).unwrap());
+    let mapped = ram::map_private(&state.plan.ram, &file).unwrap();
+    assert!(all(&mapped) == all(&before));
+    mapped.write_slice(b"mine", GuestAddress(0)).unwrap();
+    read(directory.path()).unwrap();
+}
+
+#[test]
+fn memory_is_sparse() {
+    use std::os::unix::fs::MetadataExt;
+    let directory = written();
+    let metadata = fs::metadata(directory.path().join(MEMORY)).unwrap();
+    assert_eq!(metadata.len(), 1 << 20);
+    assert!(metadata.blocks() * 512 <= 3 * memory::CHUNK, "{} blocks", metadata.blocks());
+}
+
+#[test]
+fn a_machine_of_another_configuration_is_refused() {
+    let directory = written();
+    let error = Snapshot::open(directory.path()).err().unwrap().to_string();
+    assert!(
+        error.ends_with("state.bin is damaged: its plan has the devices [] instead of [(\"rng\", \"_rng\", 0)]"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_snapshot_is_never_overwritten() {
+    let directory = written();
+    let (config, state, memory) = saved();
+    let again = Snapshot::write(directory.path(), &config, &state, &memory);
+    assert!(matches!(again, Err(SnapshotError::Exists(_))));
+    read(directory.path()).unwrap();
+}
+
+#[test]
+fn a_write_that_fails_leaves_no_snapshot() {
+    let directory = tempfile::tempdir().unwrap();
+    // Something is in the way of the last but one file.
+    fs::create_dir_all(directory.path().join("memory.sums/full")).unwrap();
+    let (config, state, memory) = saved();
+    let error = Snapshot::write(directory.path(), &config, &state, &memory).unwrap_err().to_string();
+    assert!(error.contains("cannot give its name to") && error.contains("memory.sums"), "{error}");
+    let left: Vec<_> = fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["memory.sums"]);
+    assert!(matches!(Snapshot::open(directory.path()), Err(SnapshotError::Missing(_))));
+}
+
+#[test]
+fn other_versions_are_named() {
+    let directory = written();
+    let path = directory.path().join(MANIFEST);
+    for version in [0, 2, u64::MAX] {
+        let text = fs::read_to_string(&path).unwrap();
+        let at = text.find("\"version\": ").unwrap() + 11;
+        let end = at + text[at..].find(',').unwrap();
+        fs::write(&path, format!("{}{version}{}", &text[..at], &text[end..])).unwrap();
+        let error = read(directory.path()).err().unwrap().to_string();
+        assert!(error.contains(&format!("has format version {version}, and this program reads version 1")), "{error}");
+    }
+}
+
+#[test]
+fn every_truncation_and_every_missing_file_is_refused() {
+    let directory = written();
+    for name in FILES {
+        let path = directory.path().join(name);
+        let whole = fs::read(&path).unwrap();
+        let step = (whole.len() / 400).max(1);
+        for len in (0..whole.len()).step_by(step) {
+            fs::write(&path, &whole[..len]).unwrap();
+            let error = read(directory.path()).err().unwrap_or_else(|| panic!("{name} of {len} bytes")).to_string();
+            assert!(error.contains(name), "{error}");
+        }
+        fs::write(&path, [whole.as_slice(), b"x"].concat()).unwrap();
+        assert!(read(directory.path()).is_err(), "{name} with a byte more");
+        fs::remove_file(&path).unwrap();
+        assert!(read(directory.path()).err().unwrap().to_string().contains(name));
+        fs::write(&path, &whole).unwrap();
+    }
+    read(directory.path()).unwrap();
+}
+
+/// What is wrong with a file in which bit `bit` is flipped.
+fn flipped(directory: &Path, name: &str, bit: u64) -> Option<SnapshotError> {
+    let file = OpenOptions::new().read(true).write(true).open(directory.join(name)).unwrap();
+    let flip = || {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, bit / 8).unwrap();
+        byte[0] ^= 1 << (bit % 8);
+        file.write_all_at(&byte, bit / 8).unwrap();
+    };
+    flip();
+    let error = read(directory).err();
+    flip();
+    error
+}
+
+#[test]
+fn every_flipped_bit_of_the_small_files_is_noticed() {
+    let directory = written();
+    for name in [MANIFEST, CONFIG, STATE, SUMS] {
+        let bits = fs::metadata(directory.path().join(name)).unwrap().len() * 8;
+        // All of the smaller ones, and a few thousand of the state's, most of which are registers' zeroes.
+        for bit in (0..bits).step_by(usize::try_from(bits / 5000).unwrap().max(1)) {
+            let Some(error) = flipped(directory.path(), name, bit) else {
+                panic!("bit {bit} of {name}: not noticed");
+            };
+            let message = error.to_string();
+            assert!(message.contains(name) || matches!(name, MANIFEST), "{message}");
+        }
+    }
+}
+
+#[test]
+fn flipped_bits_of_memory_are_noticed() {
+    let directory = written();
+    let bits = 8 << 20;
+    for bit in (0..bits).step_by(12_347) {
+        let error = flipped(directory.path(), MEMORY, bit).unwrap_or_else(|| panic!("bit {bit}: not noticed"));
+        assert!(error.to_string().contains("memory is damaged: the bytes at"), "{error}");
+    }
+}
+
+proptest! {
+    /// With a hash that is right the parser still meets whatever somebody wrote.
+    #[test]
+    fn hostile_states_do_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..4096)) {
+        if let Ok(state) = MachineState::from_bytes(&bytes) {
+            let _ = state.check(&config());
+        }
+    }
+
+    #[test]
+    fn damaged_states_do_not_panic(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+        let mut bytes = saved().1.to_bytes().unwrap();
+        let at = at.index(bytes.len());
+        bytes[at] = byte;
+        if let Ok(state) = MachineState::from_bytes(&bytes) {
+            let _ = state.check(&config());
+            let _ = MemoryFile::open("/dev/null".into(), &[], &state.plan.ram);
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What happens around a fork.
+#![expect(unsafe_code, reason = "fork, close_range and SIGCHLD")]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Runs `child` in a process of its own, which ends with the status that it returns; the process id of that.
+///
+/// # Errors
+/// If this process has more than one thread, or the system refuses.
+pub fn fork(child: impl FnOnce() -> u8) -> io::Result<u32> {
+    // SAFETY: no other thread holds a lock or is in the middle of anything, see `only_one_thread`, so that the child may
+    // do whatever this process may; it never returns to the caller.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => std::process::exit(i32::from(child())),
+        pid => u32::try_from(pid).map_err(io::Error::other),
+    }
+}
+
+/// Whether this process has one thread, as [`fork`] needs it.
+///
+/// # Errors
+/// If it has more, or cannot be found out.
+pub fn only_one_thread() -> io::Result<()> {
+    match std::fs::read_dir("/proc/self/task")?.count() {
+        1 => Ok(()),
+        n => Err(io::Error::other(format!("a zygote has one thread, and this one has {n}"))),
+    }
+}
+
+/// Children that end are gone at once, without anybody having to ask for their status.
+///
+/// # Errors
+/// If the system refuses.
+pub fn never_wait_for_children() -> io::Result<()> {
+    // SAFETY: no handler is installed, and none is replaced: this process has no other use of its children.
+    if unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) } == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Closes all descriptors of this process but the standard streams and those in `keep`. Only for a child that has just
+/// been made and will never touch, nor drop, what it has inherited of its parent's objects beside those.
+pub fn close_all_but(keep: &[BorrowedFd<'_>]) {
+    let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(fd.as_raw_fd()).ok()).collect();
+    keep.sort_unstable();
+    let mut first = 3;
+    for fd in keep.into_iter().chain([u32::MAX]) {
+        if let Some(last) = fd.checked_sub(1).filter(|last| *last >= first) {
+            // SAFETY: the owners of these descriptors are objects that the child promised not to touch.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
+        first = fd.saturating_add(1).max(first);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+    use std::process::Command;
+
+    use super::*;
+
+    const CHILD: &str = "SPECTRUM_TEST_FORK";
+
+    /// Not a test by itself: tests have threads, and a fork needs a process that has one.
+    #[test]
+    fn child_of_the_test_below() {
+        if std::env::var_os(CHILD).is_none() {
+            return;
+        }
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        let (closed, kept) = (File::open("/dev/null").unwrap(), File::open("/dev/zero").unwrap());
+        fork(|| {
+            close_all_but(&[theirs.as_fd(), kept.as_fd()]);
+            let open = |fd: &File| rustix::io::fcntl_getfd(fd).is_ok();
+            theirs.write_all(&[u8::from(open(&closed)), u8::from(open(&kept)), 7]).unwrap();
+            0
+        })
+        .unwrap();
+        drop(theirs);
+        let mut said = Vec::new();
+        ours.read_to_end(&mut said).unwrap();
+        assert_eq!(said, [0, 1, 7]);
+        println!("the child closed what it should");
+    }
+
+    #[test]
+    fn a_child_has_what_it_keeps_and_nothing_else() {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "--nocapture", "--test-threads=1", "zygote::child::tests::child_of_the_test_below"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("the child closed what it should"), "{text}");
+    }
+}

@@ -1,0 +1,179 @@
+//! The zygote: a small process that has a template's memory mapped, its state parsed, KVM open and the system-call
+//! filters compiled. For each clone it forks, and the child builds a machine from what is there already.
+//!
+//! ```text
+//!   vm.clone + descriptors ──▶ zygote ──fork──▶ clone: closes what is not its own, builds, confines itself, runs
+//! ```
+//! It has one thread, so that a child has all of it, and runs no guest: a guest of a clone can reach its own process
+//! only. A clone is a process like any other VMM, with its own sockets, which whoever asked for it hands in.
+
+mod child;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use hypervisor::Hypervisor;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use signal_hook::SigId;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use virtio_devices::gpu::RendererFactory;
+use vmm_api::{CloneInfo, Failure, Reply, Request, Response, Server};
+use vmm_config::{CloneConfig, ConsoleMode, ProblemKind, ZygoteConfig};
+
+use crate::build::Confinement;
+use crate::control::{Outcome, Vmm, VmmError, host_facts, ping};
+use crate::snapshot::{Snapshot, SnapshotError, Template};
+
+/// What every clone is made with.
+pub struct Zygote {
+    template: Template,
+    hypervisor: Arc<dyn Hypervisor>,
+    /// Makes the engine of a clone's virtio-gpu.
+    renderer: fn() -> Box<dyn RendererFactory>,
+    /// Confines the thread that calls it, and says how a clone's others are to be.
+    confine: Box<Confine>,
+    /// What a clone does beside running its machine, such as ending on signals.
+    prepare: fn(&mut Vmm) -> Result<(), Failed>,
+    /// Descriptors that belong to the whole process, such as the log's.
+    keep: Vec<OwnedFd>,
+    /// Where something arrives when the zygote is asked to end, and what makes it.
+    signals: (UnixStream, Vec<SigId>),
+}
+
+/// Why a clone ended early.
+pub type Failed = Box<dyn std::error::Error>;
+
+/// Confines a clone's control thread and says how its other threads are to be confined.
+pub type Confine = dyn Fn() -> Result<Box<dyn Confinement>, Failed>;
+
+impl Zygote {
+    /// Reads and verifies the template.
+    ///
+    /// # Errors
+    /// If it cannot be used here, or could not be cloned.
+    pub fn new(
+        from: &ZygoteConfig,
+        hypervisor: Arc<dyn Hypervisor>,
+        renderer: fn() -> Box<dyn RendererFactory>,
+        confine: Box<Confine>,
+        prepare: fn(&mut Vmm) -> Result<(), Failed>,
+        keep: Vec<OwnedFd>,
+    ) -> Result<Self, VmmError> {
+        let directory = from.directory().ok_or_else(|| SnapshotError::Url(from.source_url.clone()))?;
+        let snapshot = Snapshot::open(directory)?;
+        let capabilities = hypervisor.capabilities();
+        snapshot.check_cpu(&capabilities.cpuid)?;
+        snapshot.check_copy_on_write()?;
+        let facts = host_facts(&snapshot.config, capabilities.max_vcpus);
+        let problems = snapshot.config.check(&facts).into_iter().filter(|p| p.kind != ProblemKind::NoPayload);
+        let problems: Vec<String> = problems.map(|p| p.to_string()).collect();
+        if !problems.is_empty() {
+            return Err(VmmError::Config(problems));
+        }
+        let mut template = Template::load(snapshot)?;
+        // A terminal is the zygote's own, and no clone's.
+        for stream in [&mut *template.config.serial, &mut template.config.console] {
+            if stream.mode == ConsoleMode::Tty {
+                stream.mode = ConsoleMode::Null;
+            }
+        }
+        let signals = end_signals().map_err(|e| VmmError::Events(e.to_string()))?;
+        Ok(Self { template, hypervisor, renderer, confine, prepare, keep, signals })
+    }
+
+    /// Answers requests until it is told to end.
+    ///
+    /// # Errors
+    /// If it cannot wait for them.
+    pub fn run(&self, mut server: Server) -> Result<(), VmmError> {
+        let single = child::only_one_thread().and_then(|()| child::never_wait_for_children());
+        single.map_err(|e| VmmError::Events(e.to_string()))?;
+        let mut ended = false;
+        while !ended {
+            let mut ready = [PollFd::new(&server, PollFlags::IN), PollFd::new(&self.signals.0, PollFlags::IN)];
+            match poll(&mut ready, None) {
+                Ok(_) => ended = ready.last().is_some_and(|signals| !signals.revents().is_empty()),
+                Err(Errno::INTR) => continue,
+                Err(e) => return Err(VmmError::Events(e.to_string())),
+            }
+            let result = server.dispatch(&mut |request, fds| match request {
+                Request::VmmShutdown => {
+                    ended = true;
+                    Ok(Reply::Done)
+                }
+                Request::VmmPing => Ok(Reply::Ping(ping())),
+                Request::VmClone(config) => self.clone_machine(&config, fds),
+                other => Err(Failure::Other(vec![format!("a zygote does not answer {}", other.action().name())])),
+            });
+            result.map_err(|e| VmmError::Events(e.to_string()))?;
+        }
+        Ok(())
+    }
+
+    fn clone_machine(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> Response {
+        let fail = |why: String| Failure::Other(vec![why]);
+        self.check(config, &fds).map_err(fail)?;
+        let pid = child::fork(|| self.be_clone(config, fds)).map_err(|e| fail(format!("cannot fork: {e}")))?;
+        Ok(Reply::Cloned(CloneInfo { pid: pid.into() }))
+    }
+
+    /// Whether each descriptor has one purpose, and the clone a use for it.
+    fn check(&self, config: &CloneConfig, fds: &[OwnedFd]) -> Result<(), String> {
+        if config.fds.len() != fds.len() {
+            return Err(format!("{} descriptors came along, and {} were announced", fds.len(), config.fds.len()));
+        }
+        let names: BTreeSet<&str> = config.fds.iter().map(String::as_str).collect();
+        if names.len() != fds.len() {
+            return Err("two descriptors have the same purpose".into());
+        }
+        let devices = self.template.state.plan.devices.iter().map(|d| d.id.as_str());
+        let known: BTreeSet<&str> = ["api", "serial", "console"].into_iter().chain(devices).collect();
+        let list = || known.iter().copied().collect::<Vec<_>>().join(", ");
+        match names.difference(&known).next() {
+            Some(name) => Err(format!("a descriptor is for {name}, and a clone has {}", list())),
+            None => Ok(()),
+        }
+    }
+
+    /// What a child does from the fork to its end.
+    fn be_clone(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> u8 {
+        // The zygote's, which would be told of the clone's.
+        for id in &self.signals.1 {
+            signal_hook::low_level::unregister(*id);
+        }
+        let keep =
+            fds.iter().map(AsFd::as_fd).chain(self.hypervisor.descriptor()).chain([self.template.memory.as_fd()]);
+        child::close_all_but(&keep.chain(self.keep.iter().map(AsFd::as_fd)).collect::<Vec<_>>());
+        let why = match self.run_clone(config, fds) {
+            Ok(Outcome::Ended) => return 0,
+            Ok(Outcome::Failed(why)) => why,
+            Err(e) => e.to_string(),
+        };
+        eprintln!("spectrum-vmm: clone {}: {why}", std::process::id());
+        1
+    }
+
+    fn run_clone(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> Result<Outcome, Failed> {
+        let mut handed: BTreeMap<String, OwnedFd> = config.fds.iter().cloned().zip(fds).collect();
+        let server = handed.remove("api").map(Server::from_listener).transpose()?;
+        let mut vmm = Vmm::new(self.hypervisor.clone(), (self.renderer)(), (self.confine)()?)?;
+        vmm.clone_of(&self.template, config, handed)?;
+        // The guest runs. What it does not need for that comes now.
+        (self.prepare)(&mut vmm)?;
+        if let Some(server) = server {
+            vmm.serve(server);
+        }
+        Ok(vmm.run()?)
+    }
+}
+
+/// A socket on which something arrives when the process is asked to end.
+fn end_signals() -> io::Result<(UnixStream, Vec<SigId>)> {
+    let (read, write) = UnixStream::pair()?;
+    let register = |signal| signal_hook::low_level::pipe::register(signal, write.try_clone()?);
+    Ok((read, [SIGINT, SIGTERM, SIGHUP].into_iter().map(register).collect::<io::Result<_>>()?))
+}
