@@ -11,19 +11,17 @@ use crate::{TIMEOUT, VmmCommand};
 /// The launcher's end of a connection.
 pub type AgentLink = Link<FromAgent, ToAgent>;
 
-/// What `spectrum run` gives the VMM, but for the GPU, with the console on standard output. [`Host`] is at the other end of
-/// the vsock device.
+/// What `spectrum run` gives the VMM, but for the GPU, with the console on standard output. Its vsock device's socket is
+/// `socket`.
 ///
 /// # Panics
 /// If no template is named in the environment.
 #[must_use]
-pub fn command() -> VmmCommand {
+pub fn command(socket: &Path) -> VmmCommand {
     let variable =
         |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: see scripts/template"));
     let folder = Path::new(&variable("SPECTRUM_HOME")).join("templates").join(variable("SPECTRUM_TEMPLATE"));
-    let command = VmmCommand::new();
-    let socket = command.path("vsock");
-    command
+    VmmCommand::new()
         .arg("--kernel", folder.join("vmlinuz"))
         .arg("--initramfs", folder.join("initramfs"))
         .arg("--cmdline", "console=ttyS0 quiet panic=-1 spectrum.root=/dev/pmem0")
@@ -45,15 +43,14 @@ fn seconds() -> u32 {
 }
 
 impl Host {
-    /// Listens for the agent of a machine that is to be started with `command`.
+    /// Listens for the agents of machines whose vsock device's socket will be `socket`, one after another.
     ///
     /// # Panics
     /// If that is not possible.
     #[must_use]
-    pub fn of(command: &VmmCommand) -> Self {
-        let socket = command.path("vsock");
-        let ready = UnixListener::bind(command.path(&format!("vsock_{READY_PORT}"))).expect("nobody else listens");
-        Self { ready, socket }
+    pub fn at(socket: &Path) -> Self {
+        let ready = UnixListener::bind(format!("{}_{READY_PORT}", socket.display())).expect("nobody else listens");
+        Self { ready, socket: socket.to_owned() }
     }
 
     /// Waits for the agent to announce itself; the connection is to be kept.
