@@ -1,6 +1,7 @@
 //! The few system calls that neither the standard library nor rustix has in a safe form.
 
 use std::{
+    fs::File,
     io,
     os::fd::{AsRawFd, OwnedFd},
 };
@@ -10,6 +11,7 @@ use rustix::net::{
     addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque},
     socket_with,
 };
+use zeroize::Zeroize;
 
 /// CID of the host, as a guest sees it.
 pub const CID_HOST: u32 = libc::VMADDR_CID_HOST;
@@ -95,6 +97,32 @@ pub fn loopback_up() -> io::Result<()> {
     // SAFETY: the request reads a whole ifreq, which `request` is, and the descriptor is open.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Mixes bytes into the kernel's random numbers, vouches that all their bits are random, and makes every generator start anew
+/// from them, those of the vDSO too: RNDADDENTROPY and RNDRESEEDCRNG of random(4).
+#[expect(unsafe_code, reason = "rustix has no ioctls of /dev/random")]
+pub fn seed_random<const N: usize>(bytes: &[u8; N]) -> io::Result<()> {
+    /// `struct rand_pool_info` of linux/random.h with its bytes.
+    #[repr(C)]
+    struct Entropy<const N: usize> {
+        bits: libc::c_int,
+        bytes: libc::c_int,
+        buffer: [u8; N],
+    }
+    const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+    let count = libc::c_int::try_from(N).map_err(io::Error::other)?;
+    let random = File::options().read(true).write(true).open("/dev/random")?;
+    let mut entropy = Entropy { bits: count.saturating_mul(8), bytes: count, buffer: *bytes };
+    // SAFETY: the request reads the two numbers and as many bytes after them as the second one says, which `entropy` has.
+    let added = unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const entropy) };
+    let result = if added < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    entropy.buffer.zeroize();
+    result?;
+    // SAFETY: the request has no argument.
+    let reseeded = unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) };
+    if reseeded < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Sends a signal to every process but the caller and the kernel's own, see kill(2).

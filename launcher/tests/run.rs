@@ -8,7 +8,7 @@ use std::{
     process::{Child, Command, Output, Stdio},
 };
 
-use guest_proto::{ExitStatus, FromAgent, Hello, Link, Reply, Request, Run, ToAgent, VERSION};
+use guest_proto::{ExitStatus, FromAgent, Hello, Identity, Link, Reply, Request, Run, ToAgent, VERSION};
 
 type Agent = Link<ToAgent, FromAgent>;
 
@@ -78,8 +78,19 @@ impl Fixture {
         lines.map(Result::unwrap).take_while(|line| line != "END").collect()
     }
 
-    /// Plays VMM and agent up to the request.
+    /// Plays VMM and agent up to the request to run something.
     fn answer(&self) -> (Run, Agent, Agent) {
+        let (listener, _, mut agent, ready) = self.answer_wake();
+        send(&mut agent, &[FromAgent::Reply(Reply::Done)]);
+        match connection(&listener) {
+            (Request::Run(run), agent) => (run, agent, ready),
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+
+    /// Plays VMM and agent up to the first request: the listener for more, the identity, the connection it came by, and the
+    /// one that the agent announced itself on.
+    fn answer_wake(&self) -> (UnixListener, Identity, Agent, Agent) {
         let arguments = self.vmm_arguments();
         let value = arguments.iter().find_map(|argument| argument.strip_prefix("cid=3,socket=")).unwrap();
         let socket = Path::new(value);
@@ -87,15 +98,9 @@ impl Fixture {
         let mut ready = Agent::new(UnixStream::connect(format!("{value}_5001")).unwrap().into()).unwrap();
         ready.queue(&FromAgent::Hello(Hello { version: VERSION })).unwrap();
         ready.flush().unwrap();
-        let (mut stream, _) = listener.accept().unwrap();
-        let mut line = [0; 13];
-        stream.read_exact(&mut line).unwrap();
-        assert_eq!(&line, b"CONNECT 5000\n");
-        stream.write_all(b"OK 1073741824\n").unwrap();
-        let mut agent = Agent::new(stream.into()).unwrap();
-        match agent.exchange(20).unwrap() {
-            ToAgent::Request(Request::Run(run)) => (run, agent, ready),
-            other => panic!("{other:?}"),
+        match connection(&listener) {
+            (Request::Wake(identity), agent) => (listener, identity, agent, ready),
+            (other, _) => panic!("{other:?}"),
         }
     }
 
@@ -106,6 +111,20 @@ impl Fixture {
 
     fn assert_nothing_left(&self) {
         assert_eq!(fs::read_dir(self.path("runtime/spectrum")).unwrap().count(), 0);
+    }
+}
+
+/// The launcher's next connection and its request.
+fn connection(listener: &UnixListener) -> (Request, Agent) {
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut line = [0; 13];
+    stream.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"CONNECT 5000\n");
+    stream.write_all(b"OK 1073741824\n").unwrap();
+    let mut agent = Agent::new(stream.into()).unwrap();
+    match agent.exchange(20).unwrap() {
+        ToAgent::Request(request) => (request, agent),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -152,6 +171,26 @@ fn streams_and_status_are_passed_on() {
     assert_eq!(output.stdout, [raw, vec![b'x'; 30_000]].concat());
     assert_eq!(text(&output.stderr), "err\n");
     fixture.assert_nothing_left();
+}
+
+#[test]
+fn each_vm_gets_an_identity_of_its_own_before_anything_runs() {
+    let mut identities = Vec::new();
+    for _ in 0..2 {
+        let fixture = Fixture::new();
+        let child = fixture.run(&["My.App"]);
+        let (_listener, identity, mut agent, _ready) = fixture.answer_wake();
+        identities.push(identity);
+        send(&mut agent, &[FromAgent::Reply(Reply::Failed { message: "the clock\u{1b}[2J is stuck".into() })]);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(125));
+        assert_eq!(text(&output.stderr), "spectrum: the clock\u{fffd}[2J is stuck\n");
+        fixture.assert_nothing_left();
+    }
+    let [a, b] = &identities[..] else { panic!("{identities:?}") };
+    assert_eq!(a.hostname.as_ref().map(|name| name.as_str()), Some("my-app"));
+    assert!(a.seed != b.seed && a.machine_id != b.machine_id && a.boot_id != b.boot_id, "{identities:?}");
+    assert!(a.realtime < b.realtime, "{identities:?}");
 }
 
 #[test]

@@ -6,11 +6,13 @@
 //!   kernel command line and prints what came of them; or any other program.
 //! * [`tiny`] is a guest of a few bytes for tests that need a running machine and no Linux.
 //! * [`desktop`] is a headless compositor, and applications in VMs of their own on it.
+//! * [`agent`] is a VM of the template whose agent the test speaks to itself.
 //! * [`curl`] asks the API as people do by hand.
 //!
 //! Nothing here sleeps: every wait is for text, for the end of a process or for an answer, with a time-out that only a
 //! hang reaches ([`TIMEOUT`]).
 
+pub mod agent;
 pub mod curl;
 pub mod desktop;
 mod initramfs;

@@ -47,6 +47,23 @@ fn a_reboot_starts_the_machine_again_in_the_same_process() {
     assert_eq!(std::fs::read(&image).unwrap()[..8], [2, 0, 0, 0, 0, 0, 0, 0]);
 }
 
+/// Linux' own driver finds the ID, and each boot has another one.
+#[test]
+fn a_generation_id_has_its_driver_and_is_new_with_each_boot() {
+    let command = VmmCommand::probe(&["virtio_pmem", "nd_pmem"], &["generation", "reboot-once=/dev/pmem0"]);
+    let image = command.path("image");
+    std::fs::write(&image, vec![0; 2 << 20]).unwrap();
+    let mut vmm = command.arg("--pmem", format!("file={}", image.display())).spawn();
+    vmm.wait_for("probe: reboot-once=/dev/pmem0: boot 2");
+    let ended = vmm.wait_here();
+    ended.assert_success();
+    let found: Vec<&str> = ended.stdout.lines().filter_map(|line| line.strip_prefix("probe: generation: ")).collect();
+    let ids: Vec<&str> =
+        found.iter().filter_map(|line| line.strip_prefix("vmgenid reserved ")).map(str::trim).collect();
+    assert_eq!(ids.len(), 2, "{found:?}");
+    assert!(ids.iter().all(|id| *id != "0".repeat(32)) && ids[0] != ids[1], "{ids:?}");
+}
+
 #[test]
 fn the_power_button_reaches_the_guest() {
     let mut vmm = VmmCommand::probe(&["button", "evdev"], &["power-button"]).api().spawn();

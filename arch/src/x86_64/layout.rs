@@ -12,6 +12,7 @@
 //!         0x9_fc00 | reserved (extended BIOS area)  |
 //!         0xa_0000 | not in the guest's memory map  |
 //!         0xe_0000 | ACPI: RSDP first, then tables  |
+//!         0xf_f000 | reserved: VM generation ID     |
 //!         0xf_fff0 | code that resets the machine  |
 //!        0x10_0000 | RAM: kernel ... initramfs      |
 //!                  | end of RAM, at most 3 GiB      |
@@ -62,7 +63,12 @@ pub const LOW_RAM_END: u64 = 0xa_0000;
 /// Where the RSDP and after it the other ACPI tables lie; kernels without a boot protocol find it here by searching.
 pub const ACPI_START: u64 = 0xe_0000;
 /// Room for all ACPI tables together.
-pub const ACPI_MAX_SIZE: u64 = RESET_VECTOR - ACPI_START;
+pub const ACPI_MAX_SIZE: u64 = FIRMWARE_START - ACPI_START;
+/// The page that is the VMM's alone: no kernel may use it for anything else, also after it has read the ACPI tables.
+pub const FIRMWARE_START: u64 = 0xf_f000;
+/// The VM generation ID, 16 bytes. The specification wants them aligned to 8 and outside of what the memory map calls RAM or
+/// ACPI tables; see [`super::acpi`].
+pub const VM_GENERATION_ID: u64 = FIRMWARE_START;
 /// Where real-mode code jumps to restart a PC, `f000:fff0`; see [`super::reset`].
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where RAM free for the kernel begins.
@@ -123,13 +129,15 @@ pub mod port {
     pub const SLEEP_TYPE_S5: u8 = 5;
     /// The bit of [`GED_EVENTS`] for a pressed power button.
     pub const GED_EVENT_POWER_BUTTON: u8 = 1 << 0;
+    /// The bit of [`GED_EVENTS`] for a new VM generation ID.
+    pub const GED_EVENT_VM_GENERATION: u8 = 1 << 1;
 }
 
 /// Global system interrupts; GSI n is pin n of the one IOAPIC.
 pub mod gsi {
     /// The first serial port.
     pub const COM1: u32 = 4;
-    /// The generic event device (power button), edge triggered, active high.
+    /// The generic event device (power button, VM generation ID), edge triggered, active high.
     pub const GED: u32 = 5;
     /// Pins of the IOAPIC, hence the first number free for MSI routes.
     pub const IOAPIC_PINS: u32 = 24;
@@ -198,7 +206,8 @@ pub fn memory_map(ram: &[(GuestAddress, u64)]) -> Vec<MapEntry> {
         let end = start.0.saturating_add(size);
         add(start.0, end.min(EBDA_START), MemoryKind::Ram);
         add(start.0.max(EBDA_START), end.min(LOW_RAM_END), MemoryKind::Reserved);
-        add(start.0.max(ACPI_START), end.min(HIGH_RAM_START), MemoryKind::Acpi);
+        add(start.0.max(ACPI_START), end.min(FIRMWARE_START), MemoryKind::Acpi);
+        add(start.0.max(FIRMWARE_START), end.min(HIGH_RAM_START), MemoryKind::Reserved);
         add(start.0.max(HIGH_RAM_START), end, MemoryKind::Ram);
     }
     map.sort_unstable_by_key(|entry| entry.start);
@@ -276,6 +285,8 @@ mod tests {
             (CMDLINE_START, CMDLINE_MAX_SIZE as u64),
             (EBDA_START, LOW_RAM_END - EBDA_START),
             (ACPI_START, ACPI_MAX_SIZE),
+            (VM_GENERATION_ID, 16),
+            (RESET_VECTOR, 16),
             (PCI_MMIO32.start, PCI_MMIO32.size),
             (PCI_ECAM.start, PCI_ECAM.size),
             (IOAPIC.start, IOAPIC.size),
@@ -299,7 +310,8 @@ mod tests {
             [
                 (0, 0x9_fc00, Ram),
                 (0x9_fc00, 0xa_0000, Reserved),
-                (0xe_0000, 0x10_0000, Acpi),
+                (0xe_0000, 0xf_f000, Acpi),
+                (0xf_f000, 0x10_0000, Reserved),
                 (0x10_0000, 0xc000_0000, Ram),
                 (0xe800_0000, 0xe810_0000, Reserved),
                 (0x1_0000_0000, 0x1_4000_0000, Ram),

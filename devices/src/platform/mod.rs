@@ -1,7 +1,9 @@
-//! Platform devices that every architecture can have: power control and the debug port.
+//! Platform devices that every architecture can have: power control, the VM generation ID and the debug port.
 
 mod debug_port;
 mod power;
+mod vmgenid;
 
 pub use debug_port::DebugPort;
 pub use power::{GenericEvent, PowerControl, PowerEvent, PowerValues};
+pub use vmgenid::{VmGenId, VmGenIdError};

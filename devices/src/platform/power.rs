@@ -1,4 +1,4 @@
-//! Power-off, reset and the power button of hardware-reduced ACPI (ACPI 6.5 sections 4.8.3.7, 4.8.4.6 and 5.6.9).
+//! Power-off, reset and the event device of hardware-reduced ACPI (ACPI 6.5 sections 4.8.3.7, 4.8.4.6 and 5.6.9).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};

@@ -1,5 +1,7 @@
 //! Length-prefixed frames: how bytes become messages and back.
 
+use zeroize::Zeroize;
+
 /// Largest accepted value of the length field: kind byte and payload, in bytes.
 pub const MAX_FRAME: usize = 64 * 1024;
 
@@ -102,8 +104,16 @@ impl Decoder {
         }
         let Some((kind, payload)) = rest.get(..length).and_then(<[u8]>::split_first) else { return Ok(None) };
         let message = M::from_parts(*kind, payload)?;
+        // Draining leaves bytes where they are, and a seed must not stay in memory.
+        self.buffer.get_mut(..PREFIX + length).unwrap_or_default().fill(0);
         self.buffer.drain(..PREFIX + length);
         Ok(Some(message))
+    }
+}
+
+impl Drop for Decoder {
+    fn drop(&mut self) {
+        self.buffer.zeroize();
     }
 }
 

@@ -6,9 +6,20 @@
 //!
 //! * When the guest is up, its agent connects **out** to the host (CID 2) on [`READY_PORT`] and sends one
 //!   [`FromAgent::Hello`]. The launcher listens on `<vsock socket>_5001` before it starts the VM, so nobody polls. The
-//!   connection stays open for as long as the agent lives.
+//!   connection stays open for as long as the agent lives and the VM is not restored from a snapshot.
 //! * The launcher connects **in** on [`AGENT_PORT`], one connection for each request. A connection carries one
 //!   [`Request`] and, for [`Request::Run`], the streams of that one process. Any number may be open at once.
+//!
+//! # Waking
+//!
+//! A VM that was cloned is its twin's copy until it is told otherwise, so the agent starts nothing until it has carried out
+//! [`Request::Wake`]. A restore breaks every vsock connection. The agent waits for the end of the one to [`READY_PORT`]: then
+//! it refuses [`Request::Run`], and only after that says hello on a new one. So the launcher's order is the same after a boot, a
+//! restore and a clone: wait for the greeting, wake, run. A launcher that does not wait may wake the agent before it has noticed
+//! the end of the old connection, and must then wake it once more.
+//!
+//! Where nobody listens on [`READY_PORT`], the agent tries again whenever a connection comes in ([`Request::Ping`] will do). Until
+//! somebody does it cannot notice a restore: a snapshot is to be taken while the connection is open.
 //!
 //! # Frames
 //!
@@ -26,10 +37,12 @@
 //! Both sides treat the other as hostile: every decoder here is total.
 
 mod frame;
+mod identity;
 mod link;
 mod message;
 
 pub use frame::{Decoder, MAX_FRAME, MAX_PAYLOAD, Message, ProtoError};
+pub use identity::{BootId, Hostname, Identity, IdentityError, MachineId, Seed};
 pub use link::{Link, LinkError};
 pub use message::{ExitStatus, FromAgent, Hello, Reply, Request, Run, ToAgent};
 
@@ -40,7 +53,7 @@ pub const AGENT_PORT: u32 = 5000;
 pub const READY_PORT: u32 = 5001;
 
 /// Version of this protocol; both sides must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Bytes of standard input that may be sent before the agent has granted more.
 pub const STDIN_WINDOW: usize = 64 * 1024;

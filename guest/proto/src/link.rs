@@ -11,6 +11,7 @@ use rustix::{
     io::{Errno, ioctl_fionbio},
     net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown},
 };
+use zeroize::Zeroize;
 
 use crate::frame::{Decoder, Message, ProtoError};
 
@@ -103,8 +104,11 @@ impl<Rx: Message, Tx: Message> Link<Rx, Tx> {
         match recv(&self.fd, &mut *buffer, RecvFlags::empty()) {
             Ok((0, _)) => Ok(false),
             Ok((count, _)) => {
-                self.decoder.push(buffer.get(..count).unwrap_or_default())?;
-                Ok(true)
+                let received = buffer.get_mut(..count).unwrap_or_default();
+                let pushed = self.decoder.push(received);
+                // It may have been a seed.
+                received.zeroize();
+                pushed.map(|()| true).map_err(LinkError::from)
             }
             Err(Errno::AGAIN | Errno::INTR) => Ok(true),
             Err(errno) => Err(errno.into()),

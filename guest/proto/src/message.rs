@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::frame::{Message, ProtoError};
+use crate::{
+    frame::{Message, ProtoError},
+    identity::Identity,
+};
 
 /// What the launcher asks of the agent, the first frame of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -12,6 +15,9 @@ use crate::frame::{Message, ProtoError};
 pub enum Request {
     /// Answered with [`Reply::Pong`].
     Ping,
+    /// Makes the VM another one than its twins. Comes before the first [`Request::Run`], and again each time the agent has
+    /// said [`Hello`].
+    Wake(Identity),
     /// Starts a process; this connection then carries its streams.
     Run(Run),
     /// Stops every process and powers the VM off.
@@ -171,6 +177,7 @@ impl Message for FromAgent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{BootId, MachineId, Seed};
 
     fn round_trip<M: Message + PartialEq + std::fmt::Debug>(message: &M) {
         let (kind, payload) = message.to_parts().unwrap();
@@ -186,7 +193,16 @@ mod tests {
             cwd: Some("/".into()),
             then_power_off: true,
         };
-        for request in [Request::Ping, Request::Run(run), Request::PowerOff, Request::Reboot] {
+        let identity = Identity {
+            seed: Seed::new([7; Seed::LEN]),
+            realtime: u64::MAX,
+            machine_id: MachineId::from_random([1; 16]),
+            boot_id: BootId::from_random([2; 16]),
+            hostname: Some("foot".parse().unwrap()),
+        };
+        let nameless = Identity { hostname: None, ..identity.clone() };
+        let wake = [identity, nameless].map(Request::Wake);
+        for request in [Request::Ping, Request::Run(run), Request::PowerOff, Request::Reboot].into_iter().chain(wake) {
             round_trip(&ToAgent::Request(request));
         }
         round_trip(&ToAgent::Stdin(vec![]));
@@ -212,6 +228,7 @@ mod tests {
         assert!(ToAgent::from_parts(1, br#"{"run":{"argv":[],"user":"u","extra":1}}"#).is_err());
         assert!(FromAgent::from_parts(5, b"abc").is_err());
         assert!(FromAgent::from_parts(6, br#"{"code":256}"#).is_err());
+        assert!(ToAgent::from_parts(1, br#"{"wake":{"realtime":1}}"#).is_err());
         let deep = [b'['; 60_000];
         assert!(ToAgent::from_parts(1, &deep).is_err());
     }

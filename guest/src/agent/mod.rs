@@ -1,8 +1,11 @@
 //! The agent: carries out the launcher's requests, see the `guest-proto` crate for the protocol.
 
 pub mod accounts;
+mod announce;
+mod gate;
 pub mod process;
 mod session;
+mod wake;
 
 use std::{
     io,
@@ -15,7 +18,8 @@ use std::{
     thread,
 };
 
-use guest_proto::{AGENT_PORT, FromAgent, Hello, Link, LinkError, READY_PORT, ToAgent, VERSION};
+use gate::Gate;
+use guest_proto::{AGENT_PORT, FromAgent, Link, READY_PORT, ToAgent};
 use rustix::{
     io::Errno,
     net::{SocketFlags, acceptfrom_with},
@@ -45,30 +49,31 @@ enum AgentError {
     Listen(#[source] io::Error),
     #[error("cannot accept a connection: {0}")]
     Accept(#[source] io::Error),
+    #[error("cannot start a thread: {0}")]
+    Thread(#[source] io::Error),
 }
 
 fn run() -> Result<(), AgentError> {
     let listener = sys::vsock_listen(AGENT_PORT).map_err(AgentError::Listen)?;
-    // Held for as long as the agent lives: its end tells the launcher that the guest is gone.
-    let _ready = match announce() {
-        Ok(link) => Some(link),
-        Err(error) => {
-            say!("agent: nobody on the host waits for this VM: {error}");
-            None
-        }
-    };
+    let gate = Arc::new(Gate::default());
+    let announced = gate.clone();
+    thread::Builder::new()
+        .name("announce".into())
+        .spawn(move || announce::keep_announced(&announced, || sys::vsock_connect(sys::CID_HOST, READY_PORT)))
+        .map_err(AgentError::Thread)?;
     let active = Arc::new(AtomicUsize::new(0));
     loop {
         let connection = accept(&listener).map_err(AgentError::Accept)?;
         let Some(connection) = connection else { continue };
+        gate.knock();
         if active.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS {
             active.fetch_sub(1, Ordering::SeqCst);
             say!("agent: refused a connection, {CONNECTIONS} are open");
             continue;
         }
-        let counter = Arc::clone(&active);
+        let (counter, gate) = (active.clone(), gate.clone());
         let started = thread::Builder::new().name("session".into()).spawn(move || {
-            if let Err(error) = session::serve(connection, crate::init::request_end) {
+            if let Err(error) = session::serve(connection, &gate, wake::wake, crate::init::request_end) {
                 say!("agent: {error}");
             }
             counter.fetch_sub(1, Ordering::SeqCst);
@@ -90,12 +95,4 @@ fn accept(listener: &OwnedFd) -> io::Result<Option<OwnedFd>> {
         Err(Errno::INTR | Errno::CONNABORTED) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
-}
-
-/// Tells the launcher that requests are welcome.
-fn announce() -> Result<AgentLink, LinkError> {
-    let mut link = AgentLink::new(sys::vsock_connect(sys::CID_HOST, READY_PORT)?)?;
-    link.queue(&FromAgent::Hello(Hello { version: VERSION }))?;
-    link.flush()?;
-    Ok(link)
 }

@@ -13,14 +13,16 @@ use std::{
     process::{Child, Stdio},
 };
 
-use guest_proto::{CHUNK, ExitStatus, FromAgent, LinkError, Reply, Request, Run, STDIN_WINDOW, ToAgent, VERSION};
+use guest_proto::{
+    CHUNK, ExitStatus, FromAgent, Identity, LinkError, ProtoError, Reply, Request, Run, STDIN_WINDOW, ToAgent, VERSION,
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, ioctl_fionbio},
     process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open},
 };
 
-use super::{AgentLink, process};
+use super::{AgentLink, gate::Gate, process, wake::WakeError};
 use crate::init::Ending;
 
 /// Seconds the launcher has for its request, and for taking the last frame.
@@ -49,14 +51,31 @@ impl From<Errno> for SessionError {
     }
 }
 
-/// Serves one connection to its end. `end_vm` is called when the launcher wants the VM to end.
-pub fn serve(connection: OwnedFd, end_vm: impl Fn(Ending) -> io::Result<()>) -> Result<(), SessionError> {
+/// Serves one connection to its end. `wake` and `end_vm` are called when the launcher wants the VM to take on an identity, or to
+/// end.
+pub fn serve(
+    connection: OwnedFd,
+    gate: &Gate,
+    wake: impl Fn(&Identity) -> Result<(), WakeError>,
+    end_vm: impl Fn(Ending) -> io::Result<()>,
+) -> Result<(), SessionError> {
     let mut link = AgentLink::new(connection)?;
-    let ToAgent::Request(request) = link.exchange(PATIENCE)? else { return Err(SessionError::NoRequest) };
+    let request = match link.exchange(PATIENCE) {
+        Ok(ToAgent::Request(request)) => request,
+        Ok(_) => return Err(SessionError::NoRequest),
+        // Whoever writes a launcher wants to know.
+        Err(LinkError::Protocol(error @ ProtoError::Payload { .. })) => {
+            link.queue(&failed(&error))?;
+            return Ok(link.finish(PATIENCE)?);
+        }
+        Err(error) => return Err(error.into()),
+    };
     let (reply, ending) = match request {
-        Request::Ping => (Reply::Pong { version: VERSION }, None),
-        Request::PowerOff => (Reply::Done, Some(Ending::PowerOff)),
-        Request::Reboot => (Reply::Done, Some(Ending::Reboot)),
+        Request::Ping => (FromAgent::Reply(Reply::Pong { version: VERSION }), None),
+        Request::Wake(identity) => (gate.wake(|| wake(&identity)).map_or_else(|error| failed(&error), |()| DONE), None),
+        Request::PowerOff => (DONE, Some(Ending::PowerOff)),
+        Request::Reboot => (DONE, Some(Ending::Reboot)),
+        Request::Run(_) if !gate.is_awake() => (failed(&ASLEEP), None),
         Request::Run(run) => {
             let result = serve_run(&mut link, &run);
             if run.then_power_off {
@@ -65,12 +84,21 @@ pub fn serve(connection: OwnedFd, end_vm: impl Fn(Ending) -> io::Result<()>) -> 
             return result;
         }
     };
-    link.queue(&FromAgent::Reply(reply))?;
+    link.queue(&reply)?;
     let finished = link.finish(PATIENCE);
     if let Some(ending) = ending {
         end_vm(ending)?;
     }
     Ok(finished?)
+}
+
+/// Why nothing runs in a VM that does not know that it is not its twin.
+const ASLEEP: &str = "the VM has not been woken since it was booted or restored: send it an identity first";
+
+const DONE: FromAgent = FromAgent::Reply(Reply::Done);
+
+fn failed(error: &impl ToString) -> FromAgent {
+    FromAgent::Reply(Reply::Failed { message: error.to_string() })
 }
 
 fn serve_run(link: &mut AgentLink, run: &Run) -> Result<(), SessionError> {
@@ -79,7 +107,7 @@ fn serve_run(link: &mut AgentLink, run: &Run) -> Result<(), SessionError> {
         command.spawn().map_err(|source| process::explain(run, source))
     });
     let last = match spawned {
-        Err(error) => FromAgent::Reply(Reply::Failed { message: error.to_string() }),
+        Err(error) => failed(&error),
         Ok(child) => {
             let mut relay = Relay::new(child)?;
             link.queue(&FromAgent::Reply(Reply::Started { pid: relay.child.id() }))?;
@@ -311,7 +339,7 @@ fn exit_status(status: std::process::ExitStatus) -> ExitStatus {
 mod tests {
     use std::{os::unix::net::UnixStream, sync::mpsc, thread};
 
-    use guest_proto::Link;
+    use guest_proto::{BootId, Link, MachineId, Seed};
 
     use super::*;
 
@@ -352,10 +380,35 @@ mod tests {
     fn start(request: Request) -> Session {
         let (a, b) = UnixStream::pair().unwrap();
         let (tell, endings) = mpsc::channel();
-        let thread = thread::spawn(move || serve(b.into(), move |ending| tell.send(ending).map_err(io::Error::other)));
+        let end = move |ending| tell.send(ending).map_err(io::Error::other);
+        let thread = thread::spawn(move || serve(b.into(), &awake(), wake, end));
         let mut link = LauncherLink::new(a.into()).unwrap();
         link.queue(&ToAgent::Request(request)).unwrap();
         Session { link, thread, endings }
+    }
+
+    /// Takes on every identity but those of the year 1970.
+    fn wake(identity: &Identity) -> Result<(), WakeError> {
+        match identity.realtime {
+            0 => Err(WakeError::Seed(io::ErrorKind::PermissionDenied.into())),
+            _ => Ok(()),
+        }
+    }
+
+    fn awake() -> Gate {
+        let gate = Gate::default();
+        gate.wake(|| Ok::<_, SessionError>(())).unwrap();
+        gate
+    }
+
+    fn identity() -> Identity {
+        Identity {
+            seed: Seed::new([9; Seed::LEN]),
+            realtime: 1,
+            machine_id: MachineId::from_random([1; 16]),
+            boot_id: BootId::from_random([2; 16]),
+            hostname: None,
+        }
     }
 
     fn started(run: Run) -> Session {
@@ -500,7 +553,58 @@ mod tests {
         let mut link = LauncherLink::new(a.into()).unwrap();
         link.queue(&ToAgent::Signal(9)).unwrap();
         link.flush().unwrap();
-        assert!(matches!(serve(b.into(), |_| Ok(())), Err(SessionError::NoRequest)));
+        assert!(matches!(serve(b.into(), &awake(), wake, |_| Ok(())), Err(SessionError::NoRequest)));
+    }
+
+    #[test]
+    fn identities_are_taken_on_or_it_is_said_why_not() {
+        assert_eq!(start(Request::Wake(identity())).end(), DONE);
+        let message = "cannot seed the VM's random numbers: permission denied".into();
+        let impossible = Identity { realtime: 0, ..identity() };
+        assert_eq!(start(Request::Wake(impossible)).end(), FromAgent::Reply(Reply::Failed { message }));
+    }
+
+    #[test]
+    fn nothing_runs_in_a_vm_that_was_not_woken() {
+        let gate = Gate::default();
+        let end_vm = |_| panic!("it ends");
+        let ask = |request| {
+            let (a, b) = UnixStream::pair().unwrap();
+            let mut link = LauncherLink::new(a.into()).unwrap();
+            link.queue(&ToAgent::Request(request)).unwrap();
+            thread::scope(|scope| {
+                let agent = scope.spawn(|| serve(b.into(), &gate, wake, end_vm));
+                let answer = link.exchange(20).unwrap();
+                drop(link);
+                let _ = agent.join().unwrap();
+                answer
+            })
+        };
+        let mut run = shell("");
+        run.then_power_off = true;
+        let asleep = FromAgent::Reply(Reply::Failed { message: ASLEEP.into() });
+        assert_eq!(ask(Request::Run(run)), asleep);
+        assert_eq!(ask(Request::Ping), FromAgent::Reply(Reply::Pong { version: VERSION }));
+        assert_eq!(ask(Request::Wake(identity())), DONE);
+        let answer = ask(Request::Run(shell("")));
+        assert!(matches!(answer, FromAgent::Reply(Reply::Started { .. })), "{answer:?}");
+        gate.sleep();
+        assert_eq!(ask(Request::Run(shell(""))), asleep);
+    }
+
+    #[test]
+    fn a_request_that_makes_no_sense_is_answered() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let thread = thread::spawn(move || serve(b.into(), &awake(), wake, |_| Ok(())));
+        let payload = br#"{"wake":{"seed":"00","realtime":1,"machine_id":"","boot_id":""}}"#;
+        let frame = [&u32::try_from(payload.len() + 1).unwrap().to_le_bytes()[..], &[1], payload].concat();
+        (&a).write_all(&frame).unwrap();
+        let mut link = LauncherLink::new(a.into()).unwrap();
+        let answer = link.exchange(20).unwrap();
+        let FromAgent::Reply(Reply::Failed { message }) = &answer else { panic!("{answer:?}") };
+        assert!(message.contains("64 hexadecimal digits"), "{message}");
+        drop(link);
+        thread.join().unwrap().unwrap();
     }
 
     #[test]

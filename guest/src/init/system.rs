@@ -29,7 +29,7 @@ fn report<E: Display>(what: &str, result: Result<(), E>) {
     }
 }
 
-/// A new identity for each VM: templates have none.
+/// An identity until the launcher hands one in: templates have none, and programs that are started before want one.
 fn machine_id() -> std::io::Result<()> {
     let mut bytes = [0; 16];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::INSECURE)?;

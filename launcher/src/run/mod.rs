@@ -5,6 +5,7 @@
 //! private folder that goes away.
 
 mod folder;
+mod identity;
 mod options;
 mod relay;
 mod signals;
@@ -13,7 +14,7 @@ mod vm;
 
 use std::process::ExitCode;
 
-use guest_proto::{ExitStatus, LinkError, Request, Run};
+use guest_proto::{ExitStatus, IdentityError, LinkError, Request, Run};
 use options::Settings;
 use relay::Relay;
 use signals::Signals;
@@ -32,6 +33,8 @@ pub enum RunError {
     Vm(#[from] vm::VmError),
     #[error("lost the agent in the VM: {0}")]
     Agent(#[from] LinkError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     #[error("{0}")]
     Application(String),
     #[error("cannot {what}: {source}")]
@@ -67,6 +70,7 @@ pub fn run(home: &Home, options: &RunOptions) -> Result<ExitCode, RunError> {
 
 fn in_vm(vm: &mut Vm, signals: &Signals, settings: &Settings, options: &RunOptions) -> Result<ExitStatus, RunError> {
     vm.wait_for_agent(signals)?;
+    identity::give(vm.connect()?, &settings.hostname)?;
     let request = Request::Run(Run {
         argv: options.command.clone(),
         env: settings.environment.clone(),

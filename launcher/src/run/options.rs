@@ -162,6 +162,9 @@ mod tests {
         assert_eq!(hostname(OsStr::new("My App_1.0")), "my-app-1-0");
         assert_eq!(hostname(OsStr::new("..")), "app");
         assert_eq!(hostname(OsStr::new(&"a".repeat(99))).len(), 63);
+        for program in ["-a-", "..", "a.b", "\u{e9}", &format!("{}-", "a".repeat(62)), &"-".repeat(99)] {
+            assert!(hostname(OsStr::new(program)).parse::<guest_proto::Hostname>().is_ok(), "{program}");
+        }
     }
 
     #[test]

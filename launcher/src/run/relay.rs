@@ -62,6 +62,16 @@ impl Sink {
     }
 }
 
+/// What the agent says it cannot do, safe to print.
+pub fn refused(message: &str) -> RunError {
+    RunError::Application(String::from_utf8_lossy(&printable(message.as_bytes())).into())
+}
+
+/// The agent said what nobody asked for.
+pub fn broken() -> RunError {
+    RunError::Application("the agent in the VM broke the protocol".into())
+}
+
 /// A running application.
 pub struct Relay {
     link: AgentLink,
@@ -77,10 +87,8 @@ impl Relay {
         link.queue(&ToAgent::Request(request))?;
         match link.exchange(PATIENCE)? {
             FromAgent::Reply(Reply::Started { .. }) => {}
-            FromAgent::Reply(Reply::Failed { message }) => {
-                return Err(RunError::Application(String::from_utf8_lossy(&printable(message.as_bytes())).into()));
-            }
-            _ => return Err(RunError::Application("the agent in the VM answered something else".into())),
+            FromAgent::Reply(Reply::Failed { message }) => return Err(refused(&message)),
+            _ => return Err(broken()),
         }
         Ok(Self {
             link,
@@ -153,7 +161,7 @@ impl Relay {
                 }
                 Some(FromAgent::Exit(status)) => return Ok(Some(status)),
                 Some(FromAgent::Hello(_) | FromAgent::Reply(_)) => {
-                    return Err(RunError::Application("the agent in the VM broke the protocol".into()));
+                    return Err(broken());
                 }
             }
         }

@@ -10,11 +10,13 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ::devices::platform::{VmGenId, VmGenIdError};
+use arch::layout::{VM_GENERATION_ID, port::GED_EVENT_VM_GENERATION};
 use hypervisor::Hypervisor;
 use virtio_devices::device::Memory;
 use virtio_devices::gpu::RendererFactory;
 use virtio_devices::registry::{BuildError as DeviceError, Kind};
-use vm_memory::GuestMemoryAtomic;
+use vm_memory::{GuestAddress, GuestMemoryAtomic};
 use vmm_config::VmConfig;
 
 use crate::machine::Machine;
@@ -60,6 +62,9 @@ pub enum BuildError {
     /// ACPI tables cannot be made.
     #[error("cannot describe the machine to the guest: {0}")]
     Acpi(#[from] arch::acpi::Error),
+    /// The machine cannot be told apart from others.
+    #[error(transparent)]
+    Generation(#[from] VmGenIdError),
     /// The plan is not one of this program's: a defect, or a damaged snapshot.
     #[error("the machine's plan is inconsistent: {0}")]
     Plan(String),
@@ -143,7 +148,11 @@ pub fn build(from: &Ingredients<'_>) -> Result<Machine, BuildError> {
         None => platform::create_vcpus(from, vm.as_ref(), payload::load(from, &ram)?)?,
         Some(saved) => {
             parts.restore(saved.state);
-            platform::restore_vcpus(saved.state, vm.as_ref())?
+            let vcpus = platform::restore_vcpus(saved.state, vm.as_ref())?;
+            // Not before the local APICs have their state, or the event's interrupt would be lost.
+            let address = GuestAddress(VM_GENERATION_ID);
+            VmGenId::new(address, parts.events.clone(), GED_EVENT_VM_GENERATION).renew(&ram)?;
+            vcpus
         }
     };
     let start = Vcpus::start(vcpus, &Arc::new(buses), &from.confinement.vcpu(), &from.report);

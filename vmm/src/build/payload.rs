@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use arch::acpi::{AcpiInput, tables};
 use arch::boot::{Entry, Payload, load as load_kernel};
-use arch::layout::{ACPI_START, PCI_MMIO32, RESET_VECTOR, Window};
+use arch::layout::{ACPI_START, PCI_MMIO32, RESET_VECTOR, VM_GENERATION_ID, Window};
 use arch::reset;
+use devices::platform::VmGenId;
 use virtio_devices::device::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -38,6 +39,7 @@ pub fn load(from: &Ingredients<'_>, ram: &Memory) -> Result<Entry, BuildError> {
         .map_err(|e| BuildError::Plan(format!("no RAM where ACPI tables go: {e}")))?;
     ram.write_slice(&reset::CODE, GuestAddress(RESET_VECTOR))
         .map_err(|e| BuildError::Plan(format!("no RAM where the reset vector is: {e}")))?;
+    VmGenId::initialise(ram, GuestAddress(VM_GENERATION_ID))?;
     let payload = from.config.payload.as_ref();
     let path: PathBuf = payload.and_then(|p| p.kernel.clone()).unwrap_or_default();
     let mut kernel = open("kernel", &path)?;

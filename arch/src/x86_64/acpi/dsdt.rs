@@ -9,12 +9,14 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{AcpiInput, Error, address32, table};
-use crate::x86_64::layout::{PCI_ECAM, PCI_LAST_BUS, RAM_64BIT_START, Window, gsi, port};
+use crate::x86_64::layout::{PCI_ECAM, PCI_LAST_BUS, RAM_64BIT_START, VM_GENERATION_ID, Window, gsi, port};
 
 /// 2 or more makes integers 64 bits wide.
 const REVISION: u8 = 2;
 /// The power button's notification "pressed" (ACPI 6.5 section 4.8.2.2.1.2).
 const NOTIFY_PRESSED: u8 = 0x80;
+/// The generation counter's notification "changed" ("Virtual Machine Generation ID", Microsoft 2012).
+const NOTIFY_NEW_GENERATION: u8 = 0x80;
 
 pub(super) fn dsdt(input: &AcpiInput) -> Result<Sdt, Error> {
     let mut devices = Vec::new();
@@ -27,6 +29,7 @@ pub(super) fn dsdt(input: &AcpiInput) -> Result<Sdt, Error> {
         serial(&mut devices);
     }
     power_button(&mut devices);
+    generation_counter(&mut devices);
     event_device(&mut devices);
 
     let mut body = Vec::new();
@@ -134,10 +137,29 @@ fn power_button(sink: &mut dyn AmlSink) {
     .to_aml_bytes(sink);
 }
 
+/// The VM generation ID ("Virtual Machine Generation ID", Microsoft 2012): 16 bytes that are others after the machine was
+/// restored or cloned, and where they are. Linux seeds its random number generator anew when they change.
+fn generation_counter(sink: &mut dyn AmlSink) {
+    const NAME: &str = "VM_Gen_Counter";
+    let (low, high) = (VM_GENERATION_ID & 0xffff_ffff, VM_GENERATION_ID >> 32);
+    Device::new(
+        "VGEN".into(),
+        vec![
+            // Ours to choose: the one Linux knows. Other drivers look for the next two, as the specification says.
+            &Name::new("_HID".into(), &"VMGENCTR"),
+            &Name::new("_CID".into(), &NAME),
+            &Name::new("_DDN".into(), &NAME),
+            &Name::new("_UID".into(), &0u8),
+            &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
 /// The generic event device (ACPI 6.5 section 5.6.9): its interrupt makes the operating system run `_EVT`, which asks the event
 /// register what happened and notifies those concerned.
 fn event_device(sink: &mut dyn AmlSink) {
-    let pressed = port::GED_EVENT_POWER_BUTTON;
+    let (pressed, generation) = (port::GED_EVENT_POWER_BUTTON, port::GED_EVENT_VM_GENERATION);
     Device::new(
         "GED_".into(),
         vec![
@@ -166,6 +188,11 @@ fn event_device(sink: &mut dyn AmlSink) {
                     &If::new(
                         &Equal::new(&Local(1), &pressed),
                         vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &NOTIFY_PRESSED)],
+                    ),
+                    &And::new(&Local(1), &Local(0), &generation),
+                    &If::new(
+                        &Equal::new(&Local(1), &generation),
+                        vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &NOTIFY_NEW_GENERATION)],
                     ),
                 ],
             ),

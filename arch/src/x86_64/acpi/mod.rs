@@ -1,7 +1,7 @@
 //! The ACPI tables (ACPI 6.5): RSDP, XSDT, FADT, MADT, MCFG and DSDT, made as one piece of memory.
 //!
 //! The machine is "hardware-reduced": no SCI, no PM timer, no 8259 or 8254. Power off and reset are the FADT's sleep control and
-//! reset registers; a pressed power button comes through the generic event device; see [`super::layout::port`].
+//! reset registers; a pressed power button and a new generation of the machine come through the generic event device; see [`super::layout::port`].
 
 mod dsdt;
 #[cfg(test)]

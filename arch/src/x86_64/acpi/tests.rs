@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::x86_64::layout::{ACPI_START, PCI_MMIO32, gsi};
+use crate::x86_64::layout::{ACPI_START, MemoryKind, PCI_MMIO32, VM_GENERATION_ID, gsi, memory_map, ram_ranges};
 
 const START: GuestAddress = GuestAddress(ACPI_START);
 
@@ -123,7 +123,7 @@ fn contains(table: &[u8], part: &[u8]) -> bool {
 fn dsdt_follows_the_input() {
     let image = make(2);
     let dsdt = walk(&image)["DSDT"];
-    for name in [b"C000", b"C001", b"PCI0", b"COM1", b"PWRB", b"GED_", b"_S5_"] {
+    for name in [b"C000", b"C001", b"PCI0", b"COM1", b"PWRB", b"VGEN", b"GED_", b"_S5_"] {
         assert!(contains(dsdt, name), "{:?}", std::str::from_utf8(name));
     }
     assert!(!contains(dsdt, b"C002"));
@@ -135,6 +135,27 @@ fn dsdt_follows_the_input() {
 
     let bare = tables(&AcpiInput { serial: false, ..input(1) }, START).unwrap().bytes;
     assert!(!contains(walk(&bare)["DSDT"], b"COM1"));
+}
+
+/// "Virtual Machine Generation ID": the names drivers look for, the package ADDR, and where its memory must not be.
+#[test]
+fn dsdt_says_where_the_generation_id_is() {
+    let image = make(1);
+    let dsdt = walk(&image)["DSDT"];
+    assert!(contains(dsdt, b"_HID\x0dVMGENCTR\0"));
+    for name in [b"_CID", b"_DDN"] {
+        assert!(contains(dsdt, &[&name[..], b"\x0dVM_Gen_Counter\0"].concat()));
+    }
+    // Package of 2 elements: a double word and ZeroOp.
+    let address = u32::try_from(VM_GENERATION_ID).unwrap().to_le_bytes();
+    assert!(contains(dsdt, &[b"ADDR\x12\x08\x02\x0c", &address[..], b"\0"].concat()));
+    assert_eq!(VM_GENERATION_ID % 8, 0);
+    let map = memory_map(&ram_ranges(1 << 30));
+    let entry = map.iter().find(|entry| (entry.start..entry.start + entry.size).contains(&VM_GENERATION_ID)).unwrap();
+    assert_eq!(entry.kind, MemoryKind::Reserved);
+    // Notify(\_SB.VGEN, 0x80) when the event register has its bit.
+    assert!(contains(dsdt, b"\x86\\\x2e_SB_VGEN\x0a\x80"));
+    assert!(contains(dsdt, &[b"\x7b\x60\x0a", &[port::GED_EVENT_VM_GENERATION][..], b"\x61"].concat()));
 }
 
 #[test]

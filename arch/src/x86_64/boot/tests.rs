@@ -133,7 +133,8 @@ fn bzimage_is_entered_in_64_bit_mode() {
         [
             (0, 0x9_fc00, 1),
             (0x9_fc00, 0xa_0000, 2),
-            (0xe_0000, 0x10_0000, 3),
+            (0xe_0000, 0xf_f000, 3),
+            (0xf_f000, 0x10_0000, 2),
             (0x10_0000, RAM, 1),
             (0xe800_0000, 0xe810_0000, 2)
         ]
@@ -169,8 +170,8 @@ fn elf_is_entered_by_its_pvh_note() {
     let module: hvm_modlist_entry = memory.read_obj(GuestAddress(PVH_MODLIST)).unwrap();
     assert_eq!((module.paddr, module.size), (RAM - 4096, 4));
     assert_eq!(read_vec(&memory, module.paddr, 4), b"cpio");
-    assert_eq!((info.memmap_paddr, info.memmap_entries), (PVH_MEMMAP, 5));
-    let entry: hvm_memmap_table_entry = memory.read_obj(GuestAddress(PVH_MEMMAP + 3 * 24)).unwrap();
+    assert_eq!((info.memmap_paddr, info.memmap_entries), (PVH_MEMMAP, 6));
+    let entry: hvm_memmap_table_entry = memory.read_obj(GuestAddress(PVH_MEMMAP + 4 * 24)).unwrap();
     assert_eq!((entry.addr, entry.size, entry.type_), (MIB, RAM - MIB, 1));
 }
 

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use rustix::system::RebootCommand;
 
+use crate::region::{PAGE, Region};
 use crate::{Outcome, end, say};
 
 /// Does one job. `NAME` or `NAME=ARGUMENT`.
@@ -20,6 +21,7 @@ pub fn run(job: &str) -> Outcome {
         "reboot-once" => reboot_once(argument),
         "power-button" => power_button(),
         "entropy" => entropy(),
+        "generation" => generation(),
         "image" => image(argument),
         "overwrite" => overwrite(argument),
         "write" => write_device(argument),
@@ -111,6 +113,25 @@ fn entropy() -> Outcome {
     let mut bytes = [0; 32];
     File::open("/dev/hwrng").and_then(|mut f| f.read_exact(&mut bytes)).map_err(text)?;
     Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// The kernel's driver of the VM generation ID, and the ID as it is in memory.
+fn generation() -> Outcome {
+    // Linux 6.10 made an ACPI driver a platform driver.
+    let places = ["acpi", "platform"].map(|bus| format!("/sys/bus/{bus}/devices/VMGENCTR:00"));
+    let driver = places.iter().find_map(|place| fs::read_link(format!("{place}/driver")).ok());
+    let driver = driver.ok_or("no driver has the device")?;
+    let memory = fs::read_to_string("/proc/iomem").map_err(text)?;
+    let reserved = memory.lines().any(|line| line.trim() == "000ff000-000fffff : Reserved");
+    let memory = OpenOptions::new().read(true).write(true).open("/dev/mem").map_err(text)?;
+    let page = Region::map(memory, 0xf_f000, PAGE)?;
+    Ok(format!(
+        "{} {}reserved {:016x}{:016x}",
+        driver.file_name().unwrap_or_default().display(),
+        if reserved { "" } else { "not " },
+        page.read(0, 8),
+        page.read(8, 8)
+    ))
 }
 
 /// Reads a device of 8-byte words that count up, with zeros behind them: its size, the number of words, and what is
