@@ -23,6 +23,7 @@ pub fn run(job: &str) -> Outcome {
         "overwrite" => overwrite(argument),
         "write" => write_device(argument),
         "refused" => refused(argument),
+        "graphics" => crate::graphics::capabilities(),
         "vsock-connect" => crate::vsock::connect(argument),
         "vsock-listen" => crate::vsock::listen(argument),
         "garbage" => crate::hostile::garbage(argument),
