@@ -1,5 +1,7 @@
 //! Debian's kernel boots, starts again and ends.
 
+use std::os::unix::net::UnixListener;
+
 use rustix::process::Signal;
 use tests::{Initramfs, Terminal, VmmCommand};
 
@@ -62,6 +64,32 @@ fn a_generation_id_has_its_driver_and_is_new_with_each_boot() {
         found.iter().filter_map(|line| line.strip_prefix("vmgenid reserved ")).map(str::trim).collect();
     assert_eq!(ids.len(), 2, "{found:?}");
     assert!(ids.iter().all(|id| *id != "0".repeat(32)) && ids[0] != ids[1], "{ids:?}");
+}
+
+/// The rules bind before the first boot, and nothing takes them back: all that the second one opens must be among them.
+#[test]
+fn a_machine_confined_by_landlock_reboots() {
+    let modules = ["virtio_blk", "virtio-gpu", "virtio_pmem", "nd_pmem"];
+    let command = VmmCommand::probe(&modules, &["reboot-once=/dev/vda", "image=/dev/pmem0", "graphics"]).api();
+    let [disk, image, console, vsock, wayland] =
+        ["disk", "image", "console", "vsock", "wayland"].map(|name| command.path(name));
+    std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    std::fs::write(&image, [0, 1, 2].map(u64::to_le_bytes).concat()).unwrap();
+    let _compositor = UnixListener::bind(&wayland).unwrap();
+    let vmm = command
+        .arg("--disk", format!("path={}", disk.display()))
+        .arg("--pmem", format!("file={},discard_writes=on", image.display()))
+        .arg("--console", format!("file={}", console.display()))
+        .arg("--vsock", format!("cid=3,socket={}", vsock.display()))
+        .arg("--gpu", format!("cross-domain,wayland={}", wayland.display()))
+        .args(&["--landlock", "-v"])
+        .spawn();
+    let ended = vmm.wait();
+    ended.assert_success();
+    for line in ["reboot-once=/dev/vda: boot 2", "image=/dev/pmem0: 2097152 bytes, 3 words", "graphics: cross-domain"] {
+        assert!(ended.stdout.contains(&format!("probe: {line}")), "no {line} in\n{}", ended.stdout);
+    }
+    assert!(ended.stderr.contains("with Landlock (FullyEnforced)"), "{}", ended.stderr);
 }
 
 #[test]

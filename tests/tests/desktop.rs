@@ -1,14 +1,16 @@
 //! Applications of the template in VMs of their own, on a headless desktop, as `spectrum run` starts them.
 
 use std::ffi::OsStr;
+use std::fs::Permissions;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
 
 use serde_json::Value;
 use tests::desktop::{Application, Desktop};
-use tests::{Output, TIMEOUT};
+use tests::{Output, TIMEOUT, programs};
 use vmm_api::{Client, Request};
 
 /// The background that foot is told to have: nothing else on the screen has it.
@@ -69,6 +71,34 @@ fn foot_can_be_seen_typed_into_copied_from_and_closed() {
     // foot ends as the shell it hangs up on does, or with 0.
     assert_ne!(status.code(), Some(125), "{status}");
     assert!(desktop.windows().is_empty());
+}
+
+/// A VMM that can reach nothing but its machine's files shows windows, too, and they hear the keyboard.
+#[test]
+fn a_window_of_a_vmm_confined_by_landlock() {
+    let mut desktop = Desktop::new();
+    desktop.plug_keyboard();
+    let folder = tempfile::tempdir().unwrap();
+    let (vmm, log) = (folder.path().join("vmm"), folder.path().join("log"));
+    let (program, log_file) = (programs::program("spectrum-vmm"), log.display());
+    let script = format!("#!/bin/sh\nexec '{}' \"$@\" --landlock -v --log-file '{log_file}'\n", program.display());
+    std::fs::write(&vmm, script).unwrap();
+    std::fs::set_permissions(&vmm, Permissions::from_mode(0o755)).unwrap();
+    let options = ["--vmm", vmm.to_str().unwrap()];
+    let script = r#"title() { printf '\033]2;%s\007' "$1"; }; title ready; read -r line; title "$line"; read -r line"#;
+    let command = ["foot", "-o", "colors.background=ff8800", "-o", "locked-title=no", "sh", "-c", script];
+    let mut foot = Application::start(Some(&desktop), &options, &command);
+
+    let window = desktop.wait_for_window(&mut foot, named("ready"));
+    desktop.wait_for_picture("landlock", |picture| picture.share_of(&window, ORANGE) > 0.5);
+    desktop.type_line("typed");
+    desktop.wait_for_window(&mut foot, named("typed"));
+    let log = std::fs::read_to_string(&log).unwrap();
+    assert!(log.contains("paths with Landlock (FullyEnforced)"), "{log}");
+
+    desktop.command("[app_id=\"foot\"] kill");
+    let (status, _) = foot.wait();
+    assert_ne!(status.code(), Some(125), "{status}");
 }
 
 /// Runs its arguments in the VM's shell as the unprivileged account, in the background.

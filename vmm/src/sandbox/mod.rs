@@ -1,6 +1,7 @@
 //! What the VMM may do on the host: system-call filters by kind of thread, and the files it may reach.
 
 mod landlock;
+mod program;
 mod seccomp;
 mod table;
 mod trap;

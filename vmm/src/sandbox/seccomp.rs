@@ -5,16 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::process;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, apply_filter,
-};
+use seccompiler::{BpfProgram, apply_filter};
 use virtio_devices::registry::{KINDS, Kind};
 
-use super::table::{CLONE, CLONE3, CONTROL, DEVICE, EVERY, REFUSED, Rule, Test, VCPU};
+use super::program::{Action, Verdict, assemble};
+use super::table::{CLONE, CLONE3, CONTROL, DEVICE, EVERY, REFUSED, Rule, VCPU};
 use super::trap;
 use crate::build::Confinement;
 use crate::vcpu::ThreadSetup;
@@ -23,8 +20,8 @@ use crate::vcpu::ThreadSetup;
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// The tables make no filter: a defect.
-    #[error("cannot make a system-call filter: {0}")]
-    Compile(#[from] BackendError),
+    #[error("cannot make a system-call filter: {0} is no system call")]
+    Number(i64),
     /// The kernel refuses.
     #[error("cannot confine the VMM: {0}; the kernel needs seccomp filters (--seccomp false does without)")]
     Install(#[from] seccompiler::Error),
@@ -42,30 +39,20 @@ pub enum Mode {
     Log,
 }
 
-/// What a kind of thread installs, in this order.
-#[derive(Clone, Default)]
-struct Programs(Vec<BpfProgram>);
-
-impl Programs {
-    fn install(&self) -> Result<(), seccompiler::Error> {
-        self.0.iter().try_for_each(|program| apply_filter(program))
-    }
-}
-
 /// The filters of a VMM.
 pub struct Filters {
     mode: Mode,
-    control: Programs,
-    vcpu: Arc<Programs>,
+    control: BpfProgram,
+    vcpu: Arc<BpfProgram>,
     /// By the name of the kind.
-    devices: Mutex<BTreeMap<&'static str, Arc<Programs>>>,
+    devices: Mutex<BTreeMap<&'static str, Arc<BpfProgram>>>,
 }
 
 impl Filters {
     /// Compiles the filters of the control thread and of vCPUs; a device kind's is compiled when it is first asked for.
     ///
     /// # Errors
-    /// If this processor is not known.
+    /// If a table names what is no system call.
     pub fn new(mode: Mode) -> Result<Self, SeccompError> {
         let kinds = KINDS.iter().flat_map(|kind| listed(kind));
         let control = [EVERY, VCPU, DEVICE, CONTROL].into_iter().flatten().copied().chain(kinds);
@@ -87,30 +74,30 @@ impl Filters {
         if self.mode == Mode::Enforce {
             trap::install().map_err(SeccompError::Handler)?;
         }
-        Ok(self.control.install()?)
+        Ok(apply_filter(&self.control)?)
     }
 
-    fn device_programs(&self, kind: &Kind) -> Result<Arc<Programs>, BackendError> {
+    fn device_program(&self, kind: &Kind) -> Result<Arc<BpfProgram>, SeccompError> {
         let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(programs) = devices.get(kind.name) {
-            return Ok(programs.clone());
+        if let Some(program) = devices.get(kind.name) {
+            return Ok(program.clone());
         }
         let rules = [EVERY, DEVICE].into_iter().flatten().copied().chain(listed(kind));
-        let programs = Arc::new(compile(self.mode, rules)?);
-        devices.insert(kind.name, programs.clone());
-        Ok(programs)
+        let program = Arc::new(compile(self.mode, rules)?);
+        devices.insert(kind.name, program.clone());
+        Ok(program)
     }
 }
 
 impl Confinement for Filters {
     fn vcpu(&self) -> ThreadSetup {
-        let programs = self.vcpu.clone();
-        Arc::new(move || programs.install().map_err(io::Error::other))
+        let program = self.vcpu.clone();
+        Arc::new(move || apply_filter(&program).map_err(io::Error::other))
     }
 
     fn device(&self, kind: &Kind) -> ThreadSetup {
-        match self.device_programs(kind) {
-            Ok(programs) => Arc::new(move || programs.install().map_err(io::Error::other)),
+        match self.device_program(kind) {
+            Ok(program) => Arc::new(move || apply_filter(&program).map_err(io::Error::other)),
             Err(e) => Arc::new(move || Err(io::Error::other(e.to_string()))),
         }
     }
@@ -125,66 +112,42 @@ fn listed(kind: &Kind) -> impl Iterator<Item = Rule> {
     })
 }
 
-fn compile(mode: Mode, rules: impl Iterator<Item = Rule>) -> Result<Programs, BackendError> {
-    let mut allowed = conditions(rules)?;
-    let filter = |rules, otherwise, matched| -> Result<BpfProgram, BackendError> {
-        SeccompFilter::new(rules, otherwise, matched, ARCHITECTURE)?.try_into()
+fn compile(mode: Mode, rules: impl Iterator<Item = Rule>) -> Result<BpfProgram, SeccompError> {
+    let mut verdicts = verdicts(rules)?;
+    let (otherwise, clone3) = match mode {
+        Mode::Log => (Action::LOG, Action::ALLOW),
+        Mode::Enforce => (Action::TRAP, Action::REFUSE),
     };
-    match mode {
-        Mode::Log => {
-            allowed.insert(CLONE3, Vec::new());
-            Ok(Programs(vec![filter(allowed, SeccompAction::Log, SeccompAction::Allow)?]))
-        }
-        Mode::Enforce => {
-            // Of two filters the stricter answer counts, and ending the process is stricter than refusing: so what is
-            // refused has to be allowed by the other one.
-            let mut refused = BTreeMap::from([(CLONE3, Vec::new())]);
-            refused.extend(REFUSED.iter().filter(|n| !allowed.contains_key(n)).map(|n| (*n, Vec::new())));
-            allowed.extend(refused.clone());
-            let errno = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
-            Ok(Programs(vec![
-                filter(refused, SeccompAction::Allow, errno)?,
-                filter(allowed, SeccompAction::Trap, SeccompAction::Allow)?,
-            ]))
+    if mode == Mode::Enforce {
+        for number in REFUSED {
+            verdicts.entry(as_number(*number)?).or_insert(Verdict::Always(Action::REFUSE));
         }
     }
+    verdicts.insert(as_number(CLONE3)?, Verdict::Always(clone3));
+    Ok(assemble(&verdicts, otherwise))
 }
 
 /// The rows of a table, brought together by number; no conditions at all if one row has none.
-fn conditions(rules: impl Iterator<Item = Rule>) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
-    let mut by_number: BTreeMap<i64, Vec<&'static [Test]>> = BTreeMap::new();
-    for rule in rules {
-        by_number.entry(rule.number).or_default().push(rule.tests);
-    }
+fn verdicts(rules: impl Iterator<Item = Rule>) -> Result<BTreeMap<u32, Verdict>, SeccompError> {
     let mut all = BTreeMap::new();
-    for (number, alternatives) in by_number {
-        let mut rules = Vec::new();
-        if !alternatives.iter().any(|tests| tests.is_empty()) {
-            for tests in alternatives {
-                let conditions = tests.iter().map(condition).collect::<Result<Vec<_>, _>>()?;
-                rules.push(SeccompRule::new(conditions)?);
-            }
+    for rule in rules {
+        let verdict = all.entry(as_number(rule.number)?).or_insert_with(|| Verdict::AllowIf(Vec::new()));
+        match verdict {
+            Verdict::AllowIf(alternatives) if !rule.tests.is_empty() => alternatives.push(rule.tests),
+            _ => *verdict = Verdict::Always(Action::ALLOW),
         }
-        all.insert(number, rules);
     }
     Ok(all)
 }
 
-fn condition(test: &Test) -> Result<SeccompCondition, BackendError> {
-    let (argument, mask, value) = match *test {
-        Test::Masked(argument, mask, value) => (argument, mask, value),
-        Test::OwnProcess(argument) => (argument, u32::MAX, process::id()),
-    };
-    let operator = SeccompCmpOp::MaskedEq(u64::from(mask));
-    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, u64::from(value))
+fn as_number(number: i64) -> Result<u32, SeccompError> {
+    u32::try_from(number).map_err(|_| SeccompError::Number(number))
 }
-
-const ARCHITECTURE: TargetArch = if cfg!(target_arch = "aarch64") { TargetArch::aarch64 } else { TargetArch::x86_64 };
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::process::ExitStatusExt;
-    use std::process::{Command, Output};
+    use std::process::{self, Command, Output};
 
     use vmm_config::{ConsoleConfig, ConsoleMode, VmConfig};
 
@@ -322,7 +285,7 @@ mod tests {
         let base: Vec<i64> =
             [EVERY, DEVICE].into_iter().flatten().filter(|r| r.tests.is_empty()).map(|r| r.number).collect();
         for kind in KINDS {
-            Filters::new(Mode::Enforce).unwrap().device_programs(kind).unwrap();
+            Filters::new(Mode::Enforce).unwrap().device_program(kind).unwrap();
             for call in kind.syscalls {
                 let (name, number) = (kind.name, call.number);
                 assert!((0..1 << 16).contains(&number) && !call.why.is_empty(), "{name}: {call:?}");

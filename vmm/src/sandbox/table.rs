@@ -5,7 +5,7 @@
 //! control thread, which makes all others, is allowed everything in this file.
 
 /// What an argument has to be. Only the lower 32 bits are looked at: that is what the kernel does with them, too.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Test {
     /// Under the mask (second) it has the value (third); the first is the argument's index.
     Masked(u8, u32, u32),

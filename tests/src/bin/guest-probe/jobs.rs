@@ -27,6 +27,7 @@ pub fn run(job: &str) -> Outcome {
         "write" => write_device(argument),
         "churn" => churn(argument),
         "refused" => refused(argument),
+        "graphics" => crate::graphics::capabilities(),
         "vsock-connect" => crate::vsock::connect(argument),
         "vsock-listen" => crate::vsock::listen(argument),
         "garbage" => crate::hostile::garbage(argument),

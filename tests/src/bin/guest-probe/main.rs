@@ -3,6 +3,8 @@
 //!
 //! A line is `probe: JOB: RESULT`; a job that failed has the result `FAILED: REASON`.
 
+mod board;
+mod graphics;
 mod hostile;
 mod jobs;
 mod region;

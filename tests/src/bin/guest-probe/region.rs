@@ -1,7 +1,9 @@
-//! Physical memory: ranges of device registers, and pages whose physical addresses are known.
-#![expect(unsafe_code, reason = "device registers are reached through mappings")]
+//! Physical memory: ranges of device registers, and pages whose physical addresses are known; and I/O ports.
+#![expect(unsafe_code, reason = "device registers are reached through mappings and by instructions of their own")]
 
-use std::fs::File;
+use std::arch::asm;
+use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::ptr::{self, NonNull};
@@ -25,6 +27,12 @@ impl Region {
         let start = unsafe { mmap(ptr::null_mut(), len, protection, MapFlags::SHARED, file, offset) };
         let start = start.map_err(|e| format!("mapping {len:#x} bytes at {offset:#x}: {e}"))?;
         NonNull::new(start.cast()).map(|start| Self { start, len }).ok_or_else(|| "mapped at 0".into())
+    }
+
+    /// Maps registers at a physical address. The kernel lets only `iomem=relaxed` have those that a driver of its own uses.
+    pub fn physical(address: u64, len: usize) -> Result<Self, String> {
+        let memory = OpenOptions::new().read(true).write(true).open("/dev/mem").map_err(|e| e.to_string())?;
+        Self::map(&memory, address, len)
     }
 
     /// Bytes.
@@ -111,5 +119,43 @@ impl Arena {
     /// Physical address of page `page`.
     pub fn physical(&self, page: usize) -> u64 {
         self.frames.get(page % self.frames.len()).map_or(0, |frame| frame * PAGE as u64)
+    }
+}
+
+/// The right to use all I/O ports. Beside `/dev/port` because that has accesses of one byte only.
+pub struct Ports(());
+
+impl Ports {
+    /// Takes the right, for this thread.
+    pub fn take() -> Result<Self, String> {
+        // SAFETY: changes what this thread may do, not what it does.
+        let result = unsafe { libc::iopl(3) };
+        if result == 0 { Ok(Self(())) } else { Err(format!("iopl: {}", io::Error::last_os_error())) }
+    }
+
+    /// Reads `width` (1, 2 or 4) bytes in one access.
+    pub fn read(&self, port: u16, width: usize) -> u32 {
+        let value: u32;
+        // SAFETY: the thread may do this, and no memory of it is concerned.
+        unsafe {
+            match width {
+                1 => asm!("in al, dx", in("dx") port, inlateout("eax") 0 => value, options(nomem, nostack)),
+                2 => asm!("in ax, dx", in("dx") port, inlateout("eax") 0 => value, options(nomem, nostack)),
+                _ => asm!("in eax, dx", in("dx") port, lateout("eax") value, options(nomem, nostack)),
+            }
+        }
+        value
+    }
+
+    /// Writes the low `width` (1, 2 or 4) bytes of `value` in one access.
+    pub fn write(&self, port: u16, width: usize, value: u32) {
+        // SAFETY: as in `read`. What the write does is the device's business; no device here has DMA by ports.
+        unsafe {
+            match width {
+                1 => asm!("out dx, al", in("dx") port, in("eax") value, options(nomem, nostack)),
+                2 => asm!("out dx, ax", in("dx") port, in("eax") value, options(nomem, nostack)),
+                _ => asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack)),
+            }
+        }
     }
 }
