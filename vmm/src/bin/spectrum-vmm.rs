@@ -10,6 +10,7 @@ use std::sync::Arc;
 use hypervisor::kvm::Kvm;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rutabaga_glue::RutabagaFactory;
+use virtio_devices::registry::KINDS;
 use vmm::build::Confinement;
 use vmm::cli::{Cli, Endpoint, Seccomp};
 use vmm::events::EventMonitor;
@@ -93,7 +94,15 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
 
 /// Makes clones until told to end; each of them is a VMM of its own.
 fn be_zygote(cli: &Cli, config: &ZygoteConfig) -> Result<Outcome, Box<dyn Error>> {
-    let seccomp = cli.seccomp;
+    // Compiled once, for all clones.
+    let filters = match mode(cli.seccomp) {
+        Some(mode) => {
+            let filters = Filters::new(mode)?;
+            filters.prepare(KINDS.iter().copied())?;
+            Some(Arc::new(filters))
+        }
+        None => None,
+    };
     let prepare = |vmm: &mut Vmm| -> Result<(), Box<dyn Error>> {
         vmm.end_on(signals()?);
         panics::end_with(vmm.fail_with());
@@ -104,7 +113,13 @@ fn be_zygote(cli: &Cli, config: &ZygoteConfig) -> Result<Outcome, Box<dyn Error>
         config,
         Arc::new(Kvm::open()?),
         || Box::new(RutabagaFactory),
-        Box::new(move || Ok(confine(seccomp)?)),
+        Box::new(move || match &filters {
+            Some(filters) => {
+                filters.confine_control()?;
+                Ok(Box::new(filters.clone()))
+            }
+            None => Ok(Box::new(Unconfined)),
+        }),
         prepare,
         Vec::new(),
     )?;
@@ -119,13 +134,18 @@ fn take(endpoint: Option<&Endpoint>) -> Result<Option<OwnedFd>, InheritedError> 
     }
 }
 
+/// What becomes of forbidden calls; nothing if all are allowed.
+fn mode(seccomp: Seccomp) -> Option<Mode> {
+    match seccomp {
+        Seccomp::False => None,
+        Seccomp::True => Some(Mode::Enforce),
+        Seccomp::Log => Some(Mode::Log),
+    }
+}
+
 /// Confines this thread, and says how the others are to be.
 fn confine(seccomp: Seccomp) -> Result<Box<dyn Confinement>, SeccompError> {
-    let mode = match seccomp {
-        Seccomp::False => return Ok(Box::new(Unconfined)),
-        Seccomp::True => Mode::Enforce,
-        Seccomp::Log => Mode::Log,
-    };
+    let Some(mode) = mode(seccomp) else { return Ok(Box::new(Unconfined)) };
     let filters = Filters::new(mode)?;
     filters.confine_control()?;
     Ok(Box::new(filters))

@@ -86,6 +86,16 @@ pub trait Confinement: Send + Sync {
     fn device(&self, kind: &Kind) -> ThreadSetup;
 }
 
+impl<C: Confinement> Confinement for Arc<C> {
+    fn vcpu(&self) -> ThreadSetup {
+        self.as_ref().vcpu()
+    }
+
+    fn device(&self, kind: &Kind) -> ThreadSetup {
+        self.as_ref().device(kind)
+    }
+}
+
 /// All that a machine is made from.
 pub struct Ingredients<'a> {
     /// The definition.

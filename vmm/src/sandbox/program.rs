@@ -51,6 +51,16 @@ pub(super) fn assemble(verdicts: &BTreeMap<u32, Verdict>, otherwise: Action) -> 
     program
 }
 
+/// Stands for the id of the process that will install a program; no process has it, nor does a table test for it.
+const OWN_PROCESS: u32 = u32::MAX - 1;
+
+/// A program of [`assemble`] for this process: programs are made once, and a forked process has another id.
+pub(super) fn for_this_process(program: &[sock_filter]) -> BpfProgram {
+    let own = process::id();
+    let named = |i: &sock_filter| sock_filter { k: if i.k == OWN_PROCESS { own } else { i.k }, ..i.clone() };
+    program.iter().map(named).collect()
+}
+
 /// Finds the range a number is in, the last one whose start is not above it.
 fn search(ranges: &[(u32, &Verdict)], otherwise: Action) -> BpfProgram {
     let (low, high) = ranges.split_at(ranges.len() / 2);
@@ -84,7 +94,7 @@ fn tests(alternatives: &[&[Test]], otherwise: Action) -> BpfProgram {
         for test in tests.iter().rev() {
             let (argument, mask, value) = match *test {
                 Test::Masked(argument, mask, value) => (argument, mask, value),
-                Test::OwnProcess(argument) => (argument, u32::MAX, process::id()),
+                Test::OwnProcess(argument) => (argument, u32::MAX, OWN_PROCESS),
             };
             let mut one = vec![load(ARGUMENTS_AT + 8 * u32::from(argument) + LOW_HALF)];
             if mask != u32::MAX {
@@ -217,6 +227,7 @@ mod tests {
     fn the_own_process_is_this_one() {
         const OWN: &[Test] = &[Test::OwnProcess(0)];
         let program = assemble(&BTreeMap::from([(9, Verdict::AllowIf(vec![OWN]))]), Action::TRAP);
+        let program = for_this_process(&program);
         let me = u64::from(process::id());
         assert_eq!(run(&program, architecture(), 9, [me, 0, 0, 0, 0, 0]).0, Action::ALLOW);
         assert_eq!(run(&program, architecture(), 9, [me + 1, 0, 0, 0, 0, 0]).0, Action::TRAP);

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use seccompiler::{BpfProgram, apply_filter};
 use virtio_devices::registry::{KINDS, Kind};
 
-use super::program::{Action, Verdict, assemble};
+use super::program::{Action, Verdict, assemble, for_this_process};
 use super::table::{CLONE, CLONE3, CONTROL, DEVICE, EVERY, REFUSED, Rule, VCPU};
 use super::trap;
 use crate::build::Confinement;
@@ -43,7 +43,7 @@ pub enum Mode {
 pub struct Filters {
     mode: Mode,
     control: BpfProgram,
-    vcpu: Arc<BpfProgram>,
+    vcpu: BpfProgram,
     /// By the name of the kind.
     devices: Mutex<BTreeMap<&'static str, Arc<BpfProgram>>>,
 }
@@ -60,7 +60,7 @@ impl Filters {
         Ok(Self {
             mode,
             control: compile(mode, control)?,
-            vcpu: Arc::new(compile(mode, vcpu)?),
+            vcpu: compile(mode, vcpu)?,
             devices: Mutex::new(BTreeMap::new()),
         })
     }
@@ -74,7 +74,15 @@ impl Filters {
         if self.mode == Mode::Enforce {
             trap::install().map_err(SeccompError::Handler)?;
         }
-        Ok(apply_filter(&self.control)?)
+        Ok(apply_filter(&for_this_process(&self.control))?)
+    }
+
+    /// Compiles the filters of these kinds of device now, for the processes that this one will fork.
+    ///
+    /// # Errors
+    /// If a table names what is no system call.
+    pub fn prepare(&self, mut kinds: impl Iterator<Item = &'static Kind>) -> Result<(), SeccompError> {
+        kinds.try_for_each(|kind| self.device_program(kind).map(drop))
     }
 
     fn device_program(&self, kind: &Kind) -> Result<Arc<BpfProgram>, SeccompError> {
@@ -91,13 +99,16 @@ impl Filters {
 
 impl Confinement for Filters {
     fn vcpu(&self) -> ThreadSetup {
-        let program = self.vcpu.clone();
+        let program = for_this_process(&self.vcpu);
         Arc::new(move || apply_filter(&program).map_err(io::Error::other))
     }
 
     fn device(&self, kind: &Kind) -> ThreadSetup {
         match self.device_program(kind) {
-            Ok(program) => Arc::new(move || apply_filter(&program).map_err(io::Error::other)),
+            Ok(program) => {
+                let program = for_this_process(&program);
+                Arc::new(move || apply_filter(&program).map_err(io::Error::other))
+            }
             Err(e) => Arc::new(move || Err(io::Error::other(e.to_string()))),
         }
     }
