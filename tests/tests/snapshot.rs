@@ -4,10 +4,11 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use tests::{Vmm, VmmCommand, tiny};
-use vmm_api::{Client, Request};
+use vmm_api::{Client, Reply, Request};
 use vmm_config::{MemoryRestoreMode, RestoreConfig, SnapshotConfig};
 
 const MODES: [(&str, MemoryRestoreMode); 2] =
@@ -233,4 +234,63 @@ fn a_debian_guest_goes_on_with_all_its_devices() {
         assert!(fs::read_to_string(&console).unwrap().contains("hello from the guest"));
         fs::write(&console, "").unwrap();
     }
+}
+
+/// A machine is saved while it runs; both go on, each for itself.
+#[test]
+fn a_running_machine_is_saved_and_goes_on() {
+    let keep = tempfile::tempdir().unwrap();
+    let command = VmmCommand::tiny().api();
+    let events = command.path("events");
+    let mut vmm = command.arg("--event-monitor", format!("path={}", events.display())).spawn();
+    vmm.wait_for("tick 00000010");
+    let mut client = vmm.client();
+    for round in 0..3 {
+        let directory = keep.path().join(round.to_string());
+        let to = SnapshotConfig { destination_url: url(&directory) };
+        let Reply::Forked(fork) = client.send(&Request::VmLiveSnapshot(to.clone())).unwrap() else { panic!() };
+        assert!(fork.paused_us > 0);
+        let text = vmm.text();
+        let last = text.lines().rev().skip(1).find_map(tiny::tick).unwrap();
+        vmm.wait_for(&format!("tick {:08x}", last + 200));
+        wait_for_events(&events, "snapshotted", round + 1);
+        assert!(
+            client.send(&Request::VmLiveSnapshot(to)).unwrap_err().to_string().contains("holds a snapshot already")
+        );
+        let mut other = restored(&directory, "copyonwrite");
+        let first = first_tick(&mut other);
+        assert!(first > 0x10 && first < last + 200, "{first:#x}, and the other is at {last:#x}");
+        assert_eq!(first_tick(&mut other), first + 1);
+    }
+    client.send(&Request::VmPause).unwrap();
+    let to = SnapshotConfig { destination_url: url(keep.path()) };
+    assert!(client.send(&Request::VmLiveSnapshot(to)).unwrap_err().to_string().contains("VM is paused"));
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", vmm.pid())).unwrap();
+    assert_eq!(children.trim(), "", "a writer is left");
+    client.send(&Request::VmmShutdown).unwrap();
+    vmm.wait().assert_success();
+}
+
+/// Waits until the event has been told `count` times.
+fn wait_for_events(events: &Path, name: &str, count: usize) {
+    let deadline = Instant::now() + tests::TIMEOUT;
+    let told = || fs::read_to_string(events).unwrap().matches(&format!("\"event\":\"{name}\"")).count();
+    while told() < count {
+        // A file says nothing when it grows.
+        assert!(Instant::now() < deadline, "{}", fs::read_to_string(events).unwrap());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A disk that the guest writes to would not fit to its memory.
+#[test]
+fn a_machine_that_writes_to_a_disk_is_not_saved_live() {
+    let command = VmmCommand::tiny().api();
+    let disk = command.path("disk");
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let mut vmm = command.arg("--disk", format!("path={}", disk.display())).spawn();
+    let to = SnapshotConfig { destination_url: url(&vmm.path("snapshot")) };
+    let refused = vmm.client().send(&Request::VmLiveSnapshot(to)).unwrap_err().to_string();
+    assert!(refused.contains("goes on changing"), "{refused}");
+    assert!(!vmm.path("snapshot").exists());
 }

@@ -1,26 +1,28 @@
 //! The control thread: owns the machine, answers requests, hears of signals, input and what the guest does.
 
+mod event_loop;
 mod saving;
+mod writer;
 
 use std::collections::BTreeMap;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use hypervisor::Hypervisor;
 use virtio_devices::gpu::RendererFactory;
 use vmm_api::{Failure, PingInfo, Reply, Request, Response, Server, VmInfo, VmState};
 use vmm_config::{HostFacts, ProblemKind, VmConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use writer::Writer;
+
 use crate::build::{BuildError, Confinement, Ingredients, Saved, build};
 use crate::events::EventMonitor;
 use crate::lifecycle::{Decision, decide};
-use crate::machine::{InputState, Machine, MachineEvent};
+use crate::machine::{Machine, MachineEvent};
 use crate::plan::{Plan, PlanError, PlanFacts};
 use crate::sandbox::{Files, LandlockError};
 use crate::snapshot::SnapshotError;
@@ -100,16 +102,12 @@ pub struct Vmm {
     events: (Sender<Told>, Receiver<Told>, EventFd),
     generation: u64,
     outcome: Option<Outcome>,
+    /// Who writes a live snapshot.
+    writer: Option<Writer>,
 }
 
 /// What is told about the process, whatever machine it runs.
 const ANY_MACHINE: u64 = u64::MAX;
-
-const SERVER: u32 = 1;
-const SIGNAL: u32 = 2;
-const MACHINE: u32 = 3;
-const INPUT: u32 = 4;
-const DRAINED: u32 = 5;
 
 impl Vmm {
     /// A VMM without a machine.
@@ -137,6 +135,7 @@ impl Vmm {
             events: (sender, receiver, wake),
             generation: 0,
             outcome: None,
+            writer: None,
         })
     }
 
@@ -271,32 +270,6 @@ impl Vmm {
         })
     }
 
-    /// Runs until the guest powers off, a signal arrives or the API says so.
-    ///
-    /// # Errors
-    /// If events cannot be waited for.
-    pub fn run(self) -> Result<Outcome, VmmError> {
-        let fail = |e: event_manager::Error| VmmError::Events(format!("{e:?}"));
-        let mut manager = EventManager::<Control>::new().map_err(fail)?;
-        let id = manager.add_subscriber(Control {
-            vmm: self,
-            watched: BTreeMap::new(),
-            input_full: false,
-            input_ended: false,
-        });
-        loop {
-            match manager.run() {
-                Ok(_) | Err(event_manager::Error::Epoll(_)) => {}
-                Err(e) => return Err(fail(e)),
-            }
-            let vmm = &mut manager.subscriber_mut(id).map_err(fail)?.vmm;
-            if let Some(outcome) = vmm.outcome.take() {
-                vmm.event("vmm", "shutdown");
-                return Ok(outcome);
-            }
-        }
-    }
-
     fn handle(&mut self, request: Request) -> Response {
         match decide(self.state(), request.action()) {
             Decision::Admit => {}
@@ -335,6 +308,7 @@ impl Vmm {
                 self.event("vm", "resumed");
             }
             Request::VmSnapshot(to) => self.snapshot(&to).map_err(|e| failure(&e))?,
+            Request::VmLiveSnapshot(to) => return self.live_snapshot(&to).map(Reply::Forked).map_err(|e| failure(&e)),
             Request::VmRestore(from) => self.restore(&from).map_err(|e| failure(&e))?,
             // Refused before.
             Request::VmClone(_) => {}
@@ -433,120 +407,5 @@ pub(crate) fn host_facts(config: &VmConfig, max_vcpus: u32) -> HostFacts {
         page_size: rustix::param::page_size() as u64,
         max_vcpus,
         file_sizes: config.pmem.iter().filter_map(|p| size(&p.file)).collect(),
-    }
-}
-
-/// The VMM as the event loop's one subscriber.
-struct Control {
-    vmm: Vmm,
-    /// What is in the epoll set now: token and descriptor.
-    watched: BTreeMap<u32, RawFd>,
-    input_full: bool,
-    input_ended: bool,
-}
-
-impl Control {
-    /// What should be watched now.
-    fn wanted(&self) -> BTreeMap<u32, RawFd> {
-        let vmm = &self.vmm;
-        let mut wanted = BTreeMap::from([(MACHINE, vmm.events.2.as_raw_fd())]);
-        if let Some(server) = &vmm.server {
-            wanted.insert(SERVER, server.as_fd().as_raw_fd());
-        }
-        if let Some(signals) = &vmm.signals {
-            wanted.insert(SIGNAL, signals.as_raw_fd());
-        }
-        if let Some(created) = &vmm.created
-            && let Some(serial) = created.machine.as_ref().and_then(Machine::serial)
-            && let Some(input) = created.serial.as_ref().and_then(Stream::input)
-        {
-            wanted.insert(DRAINED, serial.drained.as_raw_fd());
-            if !self.input_full && !self.input_ended {
-                wanted.insert(INPUT, input.as_raw_fd());
-            }
-        }
-        wanted
-    }
-
-    /// Makes the epoll set what it should be.
-    fn reconcile(&mut self, ops: &mut EventOps) {
-        let wanted = self.wanted();
-        for (token, fd) in &self.watched {
-            if wanted.get(token) != Some(fd) {
-                // A descriptor that is closed has left the set by itself.
-                let _ = ops.remove(Events::with_data_raw(*fd, *token, EventSet::IN));
-            }
-        }
-        let mut watched = BTreeMap::new();
-        for (token, fd) in wanted {
-            let known = self.watched.get(&token) == Some(&fd);
-            match if known { Ok(()) } else { ops.add(Events::with_data_raw(fd, token, EventSet::IN)) } {
-                Ok(()) => drop(watched.insert(token, fd)),
-                // A regular file as input cannot be waited for: it has no more to say than nothing.
-                Err(e) if token == INPUT => {
-                    log::info!("standard input cannot be waited for: {e:?}");
-                    self.input_ended = true;
-                }
-                Err(e) => log::error!("cannot watch a descriptor: {e:?}"),
-            }
-        }
-        self.watched = watched;
-    }
-
-    fn serial_input(&mut self) {
-        let Some(created) = &self.vmm.created else { return };
-        let (Some(machine), Some(input)) = (&created.machine, created.serial.as_ref().and_then(Stream::input)) else {
-            return;
-        };
-        match machine.serial_input(|buffer| rustix::io::read(input, buffer).map_err(io::Error::from)) {
-            Ok(state) => {
-                self.input_full = state == InputState::Full;
-                self.input_ended = state == InputState::Ended;
-            }
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-            Err(e) => {
-                log::warn!("no more input for the serial port: {e}");
-                self.input_ended = true;
-            }
-        }
-    }
-
-    fn drained(&mut self) {
-        if let Some(serial) = self.vmm.created.as_ref().and_then(|c| c.machine.as_ref()).and_then(Machine::serial) {
-            let _ = serial.drained.read();
-        }
-        self.input_full = false;
-    }
-
-    fn requests(&mut self) {
-        let Some(mut server) = self.vmm.server.take() else { return };
-        let result = server.dispatch(&mut |request: Request, _fds: Vec<OwnedFd>| self.vmm.handle(request));
-        self.vmm.server = Some(server);
-        if let Err(e) = result {
-            log::error!("the API's socket failed: {e}");
-            self.vmm.server = None;
-        }
-    }
-}
-
-impl MutEventSubscriber for Control {
-    fn init(&mut self, ops: &mut EventOps) {
-        self.reconcile(ops);
-    }
-
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
-        match events.data() {
-            SERVER => self.requests(),
-            SIGNAL => {
-                log::info!("asked to end by a signal");
-                self.vmm.shut_down();
-                self.vmm.outcome = Some(Outcome::Ended);
-            }
-            MACHINE => self.vmm.machine_events(),
-            INPUT => self.serial_input(),
-            DRAINED => self.drained(),
-            other => log::error!("event {other} is of no kind"),
-        }
-        self.reconcile(ops);
     }
 }

@@ -15,6 +15,7 @@ pub mod machine;
 pub mod memory;
 pub mod panics;
 pub mod plan;
+mod process;
 pub mod sandbox;
 pub mod snapshot;
 pub mod stream;

@@ -7,7 +7,7 @@
 //!       │      delete      │  └──── shutdown ─────┘         resume          │
 //!       └──────────────────┴◀──────────────── shutdown ─────────────────────┘
 //! ```
-//! `restore` leads from NotCreated to Paused, or with `resume` to Running; `snapshot` is admitted in Paused. `reboot` leads from Running or Paused to Running. `delete` is admitted everywhere and shuts down first. `ping` and
+//! `restore` leads from NotCreated to Paused, or with `resume` to Running; `snapshot` is admitted in Paused, `live-snapshot` in Running. `reboot` leads from Running or Paused to Running. `delete` is admitted everywhere and shuts down first. `ping` and
 //! `vmm.shutdown` are admitted everywhere; `info` as soon as a machine is created.
 
 use vmm_api::{Action, Failure, VmState};
@@ -30,8 +30,8 @@ pub enum Decision {
 #[must_use]
 pub fn decide(state: State, action: Action) -> Decision {
     use Action::{
-        VmBoot, VmClone, VmCreate, VmDelete, VmInfo, VmPause, VmPowerButton, VmReboot, VmRestore, VmResume, VmShutdown,
-        VmSnapshot, VmmPing, VmmShutdown,
+        VmBoot, VmClone, VmCreate, VmDelete, VmInfo, VmLiveSnapshot, VmPause, VmPowerButton, VmReboot, VmRestore,
+        VmResume, VmShutdown, VmSnapshot, VmmPing, VmmShutdown,
     };
     use VmState::{Created, Paused, Running, Shutdown};
     match (action, state) {
@@ -39,7 +39,9 @@ pub fn decide(state: State, action: Action) -> Decision {
         (VmCreate | VmRestore, None) | (VmInfo | VmDelete, Some(_)) | (VmBoot, Some(Created | Shutdown)) => {
             Decision::Admit
         }
-        (VmPause | VmPowerButton, Some(Running)) | (VmResume | VmSnapshot, Some(Paused)) => Decision::Admit,
+        (VmPause | VmPowerButton | VmLiveSnapshot, Some(Running)) | (VmResume | VmSnapshot, Some(Paused)) => {
+            Decision::Admit
+        }
         (VmShutdown | VmReboot, Some(Running | Paused)) => Decision::Admit,
         (VmDelete, None) => Decision::Nothing,
         (VmClone, _) => {
@@ -50,10 +52,13 @@ pub fn decide(state: State, action: Action) -> Decision {
         (VmBoot, Some(Running | Paused)) => Decision::Refuse(Failure::AlreadyRunning),
         (VmPause, Some(Paused)) => Decision::Refuse(Failure::Other(vec!["VM is already paused".into()])),
         (VmResume, Some(Running)) => Decision::Refuse(Failure::Other(vec!["VM is not paused".into()])),
+        (VmLiveSnapshot, Some(Paused)) => {
+            Decision::Refuse(Failure::Other(vec!["VM is paused; take an ordinary snapshot of it".into()]))
+        }
         (VmSnapshot, Some(Running)) => {
             Decision::Refuse(Failure::Other(vec!["VM is running; pause it before taking a snapshot".into()]))
         }
-        (VmPause | VmResume | VmShutdown | VmReboot | VmPowerButton | VmSnapshot, _) => {
+        (VmPause | VmResume | VmShutdown | VmReboot | VmPowerButton | VmSnapshot | VmLiveSnapshot, _) => {
             Decision::Refuse(Failure::NotRunning)
         }
     }
@@ -77,7 +82,7 @@ mod tests {
         }
     }
 
-    const ALL: [Action; 14] = [
+    const ALL: [Action; 15] = [
         Action::VmmPing,
         Action::VmmShutdown,
         Action::VmCreate,
@@ -92,6 +97,7 @@ mod tests {
         Action::VmSnapshot,
         Action::VmRestore,
         Action::VmClone,
+        Action::VmLiveSnapshot,
     ];
 
     #[test]

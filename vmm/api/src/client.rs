@@ -257,6 +257,9 @@ fn reply(action: Action, status: u16, body: &[u8]) -> Result<Reply, ClientError>
     }
     let bad = |reason: String| ClientError::Answer { action: action.name(), reason };
     match action {
+        Action::VmLiveSnapshot => {
+            serde_json::from_slice(body).map(Reply::Forked).map_err(|error| bad(error.to_string()))
+        }
         Action::VmClone => serde_json::from_slice(body).map(Reply::Cloned).map_err(|error| bad(error.to_string())),
         Action::VmmPing => serde_json::from_slice(body).map(Reply::Ping).map_err(|error| bad(error.to_string())),
         Action::VmInfo => {

@@ -26,5 +26,7 @@ pub use connection::Connection;
 pub use http::{Fault, HttpRequest, MAX_BODY, MAX_FDS, MAX_HEAD};
 pub use listener::ListenError;
 pub use request::{Action, Method, Request, RequestError};
-pub use response::{CloneInfo, Encoded, Failure, PingInfo, Reply, Response, VmInfo, VmState, encode, encode_error};
+pub use response::{
+    CloneInfo, Encoded, Failure, ForkInfo, PingInfo, Reply, Response, VmInfo, VmState, encode, encode_error,
+};
 pub use server::Server;

@@ -34,6 +34,8 @@ pub enum Request {
     VmPowerButton,
     /// Save the paused machine to a directory.
     VmSnapshot(SnapshotConfig),
+    /// Save the running machine to a directory while it goes on running.
+    VmLiveSnapshot(SnapshotConfig),
     /// Make a machine from a snapshot.
     VmRestore(RestoreConfig),
     /// Make another process with a machine like the template's; only a zygote answers it.
@@ -56,6 +58,7 @@ pub enum Action {
     VmReboot,
     VmPowerButton,
     VmSnapshot,
+    VmLiveSnapshot,
     VmRestore,
     VmClone,
 }
@@ -106,6 +109,7 @@ const ROUTES: &[Route] = &[
     route(Action::VmReboot, Method::Put, "vm.reboot", "The VM could not reboot"),
     route(Action::VmPowerButton, Method::Put, "vm.power-button", "The power button could not be triggered"),
     route(Action::VmSnapshot, Method::Put, "vm.snapshot", "The VM could not be snapshotted"),
+    route(Action::VmLiveSnapshot, Method::Put, "vm.live-snapshot", "The VM could not be snapshotted"),
     route(Action::VmRestore, Method::Put, "vm.restore", "The VM could not be restored"),
     route(Action::VmClone, Method::Put, "vm.clone", "The VM could not be cloned"),
 ];
@@ -198,7 +202,7 @@ impl Request {
         Ok(match route.action {
             Action::VmmPing => Self::VmmPing,
             Action::VmmShutdown => Self::VmmShutdown,
-            Action::VmCreate | Action::VmSnapshot | Action::VmRestore if body.is_empty() => {
+            Action::VmCreate | Action::VmSnapshot | Action::VmLiveSnapshot | Action::VmRestore if body.is_empty() => {
                 return Err(RequestError::NoBody);
             }
             Action::VmCreate => Self::VmCreate(Box::new(VmConfig::from_json(body)?)),
@@ -211,6 +215,7 @@ impl Request {
             Action::VmReboot => Self::VmReboot,
             Action::VmPowerButton => Self::VmPowerButton,
             Action::VmSnapshot => Self::VmSnapshot(SnapshotConfig::from_json(body)?),
+            Action::VmLiveSnapshot => Self::VmLiveSnapshot(SnapshotConfig::from_json(body)?),
             Action::VmRestore => Self::VmRestore(RestoreConfig::from_json(body)?),
             Action::VmClone if body.is_empty() => Self::VmClone(CloneConfig::default()),
             Action::VmClone => Self::VmClone(CloneConfig::from_json(body)?),
@@ -232,6 +237,7 @@ impl Request {
             Self::VmReboot => Action::VmReboot,
             Self::VmPowerButton => Action::VmPowerButton,
             Self::VmSnapshot(_) => Action::VmSnapshot,
+            Self::VmLiveSnapshot(_) => Action::VmLiveSnapshot,
             Self::VmRestore(_) => Action::VmRestore,
             Self::VmClone(_) => Action::VmClone,
         }
@@ -244,7 +250,7 @@ impl Request {
     pub fn body(&self) -> Result<Option<Vec<u8>>, serde_json::Error> {
         match self {
             Self::VmCreate(config) => json(config).map(Some),
-            Self::VmSnapshot(config) => json(config).map(Some),
+            Self::VmSnapshot(config) | Self::VmLiveSnapshot(config) => json(config).map(Some),
             Self::VmRestore(config) => json(config).map(Some),
             Self::VmClone(config) => json(config).map(Some),
             _ => Ok(None),
@@ -276,6 +282,7 @@ mod tests {
             Request::VmReboot,
             Request::VmPowerButton,
             Request::VmSnapshot(SnapshotConfig { destination_url: "file:///s".into() }),
+            Request::VmLiveSnapshot(SnapshotConfig { destination_url: "file:///l".into() }),
             Request::VmRestore(RestoreConfig {
                 source_url: "file:///s".into(),
                 prefault: false,

@@ -22,6 +22,8 @@ pub enum Reply {
     Info(Box<VmInfo>),
     /// Answer to `vm.clone`.
     Cloned(CloneInfo),
+    /// Answer to `vm.live-snapshot`: it is being written.
+    Forked(ForkInfo),
 }
 
 /// Which VMM this is.
@@ -43,6 +45,13 @@ pub struct PingInfo {
 pub struct CloneInfo {
     /// Its process id.
     pub pid: i64,
+}
+
+/// A live snapshot that has begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForkInfo {
+    /// For how many microseconds the machine stood still.
+    pub paused_us: u64,
 }
 
 /// Where in its life a machine is.
@@ -142,6 +151,7 @@ pub fn encode(action: Action, response: &Response) -> Encoded {
         Ok(Reply::Ping(ping)) => Encoded::json(200, ping),
         Ok(Reply::Info(info)) => Encoded::json(200, info),
         Ok(Reply::Cloned(clone)) => Encoded::json(200, clone),
+        Ok(Reply::Forked(fork)) => Encoded::json(200, fork),
         Err(failure) => {
             let status = if *failure == Failure::NotCreated { 404 } else { 500 };
             let mut lines = vec!["Error from API".to_owned(), action.failed().to_owned()];

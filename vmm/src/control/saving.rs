@@ -2,12 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
-use vmm_config::{CloneConfig, ConsoleConfig, MemoryRestoreMode, RestoreConfig, SnapshotConfig};
+use vmm_api::ForkInfo;
+use vmm_config::{CloneConfig, ConsoleConfig, MemoryRestoreMode, RestoreConfig, SnapshotConfig, VmConfig};
 
-use super::{Created, Vmm, VmmError};
-use crate::build::{Saved, SavedMemory};
+use super::writer::Writer;
+use super::{Created, Vmm, VmmError, no_machine};
+use crate::build::{BuildError, Saved, SavedMemory};
 use crate::snapshot::{Snapshot, SnapshotError, Template};
 use crate::stream::Stream;
 
@@ -100,4 +104,56 @@ impl Vmm {
         self.build(&template.state.plan, Some(saved))?;
         if clone.paused { Ok(()) } else { self.resume() }
     }
+
+    /// Saves the machine, which runs, and stands still only for as long as it takes to fork this process: the child has
+    /// the machine's memory as it was then, and writes it.
+    ///
+    /// # Errors
+    /// If the snapshot cannot begin. How it went is told by an event, and by the directory: it holds a snapshot, or none.
+    pub(super) fn live_snapshot(&mut self, to: &SnapshotConfig) -> Result<ForkInfo, VmmError> {
+        let directory = to.directory().ok_or_else(|| SnapshotError::Url(to.destination_url.clone()))?;
+        let not_now = |why: &str| VmmError::State(why.into());
+        if self.writer.is_some() {
+            return Err(not_now("another live snapshot is being written; wait for its end"));
+        }
+        let created = self.created.as_ref().ok_or_else(no_machine)?;
+        let machine = created.machine.as_ref().ok_or_else(no_machine)?;
+        if let Some(file) = written_by_guest(&created.config) {
+            let why =
+                format!("{} goes on changing and would not fit: pause the machine and save it then", file.display());
+            return Err(VmmError::State(why));
+        }
+        Snapshot::prepare(directory)?;
+        let start = Instant::now();
+        machine.pause();
+        let forked = machine.save().map_err(VmmError::from).and_then(|state| {
+            let write = || Snapshot::write(directory, &created.config, &state, machine.ram());
+            Writer::start(write).map_err(|e| not_now(&format!("cannot fork: {e}")))
+        });
+        machine.resume().map_err(|source| BuildError::Host { what: "start a device's thread", source })?;
+        let paused_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.writer = Some(forked?);
+        self.event("vm", "snapshotting");
+        Ok(ForkInfo { paused_us })
+    }
+
+    /// The writer of a live snapshot has something to say, or has ended.
+    pub(super) fn hear_writer(&mut self) {
+        let Some(result) = self.writer.as_mut().and_then(Writer::hear) else { return };
+        self.writer = None;
+        match result {
+            Ok(()) => self.event("vm", "snapshotted"),
+            Err(why) => {
+                log::error!("the live snapshot failed: {why}");
+                self.event("vm", "snapshot-failed");
+            }
+        }
+    }
+}
+
+/// A file that the guest writes to, which is no part of a snapshot; nothing if there is none.
+fn written_by_guest(config: &VmConfig) -> Option<&Path> {
+    let disks = config.disks.iter().filter(|disk| !disk.readonly).map(|disk| disk.path.as_path());
+    let images = config.pmem.iter().filter(|pmem| !pmem.discard_writes).map(|pmem| pmem.file.as_path());
+    disks.chain(images).next()
 }

@@ -115,9 +115,16 @@ pub(super) const DEVICE: &[Rule] = &[
 /// A call that makes threads; a device kind whose thread does that lists it.
 pub(super) const CLONE: Rule = when(libc::SYS_clone, &[Test::Masked(0, THREAD, THREAD)], "threads, never processes");
 
+/// What `fork` is to the C library: it shares nothing, and what is forked has the same filter and no way to another
+/// program.
+const FORK: u32 = (libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD).cast_unsigned();
+
 /// On the control thread.
 pub(super) const CONTROL: &[Rule] = &[
     CLONE,
+    when(libc::SYS_clone, &[Test::Masked(0, ALL, FORK)], "fork the writer of a live snapshot"),
+    always(libc::SYS_close_range, "what the writer does not need"),
+    always(libc::SYS_wait4, "the writer has ended"),
     always(libc::SYS_seccomp, "confine new threads"),
     when(libc::SYS_prctl, &[Test::Masked(0, ALL, libc::PR_SET_NO_NEW_PRIVS.cast_unsigned())], "confine new threads"),
     always(libc::SYS_landlock_create_ruleset, "confine the process to files"),

@@ -167,6 +167,17 @@ impl Snapshot {
         }
     }
 
+    /// Makes `directory`, if it is not there, for a snapshot.
+    ///
+    /// # Errors
+    /// If it holds one already, or cannot be made.
+    pub fn prepare(directory: &Path) -> Result<(), SnapshotError> {
+        if fs::exists(directory.join(MANIFEST)).map_err(file_error("look into", directory))? {
+            return Err(SnapshotError::Exists(directory.to_owned()));
+        }
+        fs::create_dir_all(directory).map_err(file_error("make the directory", directory))
+    }
+
     /// Writes a snapshot into `directory`, which is made if it is not there. Whatever happens, it either holds all of
     /// it in the end or is no snapshot.
     ///
@@ -178,10 +189,7 @@ impl Snapshot {
         state: &MachineState,
         memory: &Memory,
     ) -> Result<(), SnapshotError> {
-        if fs::exists(directory.join(MANIFEST)).map_err(file_error("look into", directory))? {
-            return Err(SnapshotError::Exists(directory.to_owned()));
-        }
-        fs::create_dir_all(directory).map_err(file_error("make the directory", directory))?;
+        Self::prepare(directory)?;
         let result = write_files(directory, config, state, memory);
         if result.is_err() {
             // Without a manifest they are nothing; if one cannot be removed, the next attempt overwrites it.

@@ -1,24 +1,31 @@
-//! What happens around a fork.
+//! Processes that this one forks: a zygote its clones, a VMM the writer of a live snapshot.
 #![expect(unsafe_code, reason = "fork, close_range and SIGCHLD")]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Runs `child` in a process of its own, which ends with the status that it returns; the process id of that.
+/// Runs `child` in a process of its own, which ends with the status that it returns; the process id of that. The child has
+/// the calling thread only. What the others were in the middle of stays so for ever: either there are none
+/// ([`only_one_thread`]), or they are known to rest, and `child` takes no lock but the allocator's, which the C library
+/// has in order.
 ///
 /// # Errors
-/// If this process has more than one thread, or the system refuses.
+/// If the system refuses.
 pub fn fork(child: impl FnOnce() -> u8) -> io::Result<u32> {
-    // SAFETY: no other thread holds a lock or is in the middle of anything, see `only_one_thread`, so that the child may
-    // do whatever this process may; it never returns to the caller.
+    // SAFETY: the child calls nothing that needs another thread or a lock that one may hold, as the caller promised, and
+    // never returns to it: nothing of the caller's is dropped twice.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
-        0 => std::process::exit(i32::from(child())),
+        0 => {
+            let status = i32::from(child());
+            // SAFETY: it ends the process. Functions registered for its exit are the parent's to run.
+            unsafe { libc::_exit(status) }
+        }
         pid => u32::try_from(pid).map_err(io::Error::other),
     }
 }
 
-/// Whether this process has one thread, as [`fork`] needs it.
+/// Whether this process has one thread.
 ///
 /// # Errors
 /// If it has more, or cannot be found out.
@@ -93,7 +100,7 @@ mod tests {
     #[test]
     fn a_child_has_what_it_keeps_and_nothing_else() {
         let output = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "--nocapture", "--test-threads=1", "zygote::child::tests::child_of_the_test_below"])
+            .args(["--exact", "--nocapture", "--test-threads=1", "process::tests::child_of_the_test_below"])
             .env(CHILD, "1")
             .output()
             .unwrap();

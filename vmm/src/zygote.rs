@@ -7,8 +7,6 @@
 //! It has one thread, so that a child has all of it, and runs no guest: a guest of a clone can reach its own process
 //! only. A clone is a process like any other VMM, with its own sockets, which whoever asked for it hands in.
 
-mod child;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,6 +24,7 @@ use vmm_config::{CloneConfig, ConsoleMode, ProblemKind, ZygoteConfig};
 
 use crate::build::Confinement;
 use crate::control::{Outcome, Vmm, VmmError, host_facts, ping};
+use crate::process;
 use crate::snapshot::{Snapshot, SnapshotError, Template};
 
 /// What every clone is made with.
@@ -90,7 +89,7 @@ impl Zygote {
     /// # Errors
     /// If it cannot wait for them.
     pub fn run(&self, mut server: Server) -> Result<(), VmmError> {
-        let single = child::only_one_thread().and_then(|()| child::never_wait_for_children());
+        let single = process::only_one_thread().and_then(|()| process::never_wait_for_children());
         single.map_err(|e| VmmError::Events(e.to_string()))?;
         let mut ended = false;
         while !ended {
@@ -117,7 +116,7 @@ impl Zygote {
     fn clone_machine(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> Response {
         let fail = |why: String| Failure::Other(vec![why]);
         self.check(config, &fds).map_err(fail)?;
-        let pid = child::fork(|| self.be_clone(config, fds)).map_err(|e| fail(format!("cannot fork: {e}")))?;
+        let pid = process::fork(|| self.be_clone(config, fds)).map_err(|e| fail(format!("cannot fork: {e}")))?;
         Ok(Reply::Cloned(CloneInfo { pid: pid.into() }))
     }
 
@@ -147,7 +146,7 @@ impl Zygote {
         }
         let keep =
             fds.iter().map(AsFd::as_fd).chain(self.hypervisor.descriptor()).chain([self.template.memory.as_fd()]);
-        child::close_all_but(&keep.chain(self.keep.iter().map(AsFd::as_fd)).collect::<Vec<_>>());
+        process::close_all_but(&keep.chain(self.keep.iter().map(AsFd::as_fd)).collect::<Vec<_>>());
         let why = match self.run_clone(config, fds) {
             Ok(Outcome::Ended) => return 0,
             Ok(Outcome::Failed(why)) => why,
