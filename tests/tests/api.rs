@@ -134,7 +134,7 @@ fn what_is_no_request_is_refused_and_harms_nothing() {
     assert_eq!(status("GET", "vm.boot", None), 400);
     assert_eq!(status("PUT", "vm.create", None), 400);
     assert_eq!(status("PUT", "vm.create", Some("{")), 400);
-    assert_eq!(status("PUT", "vm.snapshot", Some("{}")), 501);
+    assert_eq!(status("PUT", "vm.resize", Some("{}")), 501);
     let impossible =
         ask(&vmm.socket(), "PUT", "vm.create", Some(r#"{"memory": {"size": 0}, "payload": {"kernel": "/k"}}"#));
     assert_eq!((impossible.status, impossible.body.contains("a machine needs memory")), (500, true), "{impossible:?}");
