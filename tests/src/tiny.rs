@@ -90,6 +90,37 @@ pub fn write_one_byte(path: &Path) {
     std::fs::write(path, elf(ONE_BYTE)).expect("the kernel can be written");
 }
 
+/// Writes to every page from 2 MiB to 256 MiB and prints `A`; then to those of the first 8 MiB of them, over and over, and
+/// prints a dot after each round.
+#[rustfmt::skip]
+const TOUCHER: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03,             // mov dx, 0x3f8
+    0xbf, 0, 0, 0x20, 0,                // mov edi, 0x200000
+    // all:
+    0x89, 0x3f,                         // mov [edi], edi
+    0x81, 0xc7, 0, 0x10, 0, 0,          // add edi, 0x1000
+    0x81, 0xff, 0, 0, 0, 0x10,          // cmp edi, 0x10000000
+    0x72, 0xf0,                         // jb all
+    0xb0, b'A', 0xee,                   // mov al, 'A'; out dx, al
+    // round:
+    0xbf, 0, 0, 0x20, 0,                // mov edi, 0x200000
+    // some:
+    0xff, 0x07,                         // inc dword [edi]
+    0x81, 0xc7, 0, 0x10, 0, 0,          // add edi, 0x1000
+    0x81, 0xff, 0, 0, 0xa0, 0,          // cmp edi, 0xa00000
+    0x72, 0xf0,                         // jb some
+    0xb0, b'.', 0xee,                   // mov al, '.'; out dx, al
+    0xeb, 0xe6,                         // jmp round
+];
+
+/// Writes the kernel that touches memory to `path`; it needs 256 MiB.
+///
+/// # Panics
+/// If that fails.
+pub fn write_toucher(path: &Path) {
+    std::fs::write(path, elf(TOUCHER)).expect("the kernel can be written");
+}
+
 /// The number in a line of the counter's.
 #[must_use]
 pub fn tick(line: &str) -> Option<u32> {

@@ -20,7 +20,7 @@ use crate::{Failure, MEMORY_MIB};
 const ARMS: [&str; 3] = ["zygote", "floor", "exec"];
 
 /// A child that is killed when it goes.
-struct Process(Child);
+pub(crate) struct Process(Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -37,7 +37,7 @@ fn vmm() -> Command {
 }
 
 /// A connection, as soon as somebody listens.
-fn connect(socket: &Path, process: &mut Process) -> Result<Client, Failure> {
+pub(crate) fn connect(socket: &Path, process: &mut Process) -> Result<Client, Failure> {
     loop {
         match Client::connect(socket) {
             Ok(client) => return Ok(client),
@@ -47,21 +47,41 @@ fn connect(socket: &Path, process: &mut Process) -> Result<Client, Failure> {
     }
 }
 
-/// Boots a counting guest with every default device and a vsock device, and saves it.
-fn snapshot(directory: &Path) -> Result<String, Failure> {
+/// Boots the guest that `kernel` writes with every default device and a vsock device, and saves it when it has printed
+/// `mark`; the snapshot's URL.
+pub(crate) fn snapshot_of(directory: &Path, write_kernel: fn(&Path), mark: u8) -> Result<String, Failure> {
     let (kernel, socket) = (directory.join("kernel"), directory.join("api"));
-    tiny::write_counter(&kernel);
+    write_kernel(&kernel);
     let mut command = vmm();
     command.arg("--kernel").arg(&kernel).arg("--api-socket").arg(&socket).arg("--vsock");
     command.arg(format!("cid=3,socket={}", directory.join("vsock").display()));
     command.args(["--memory", &format!("size={MEMORY_MIB}M"), "--serial", "tty", "--console", "null"]);
     let mut process = Process(command.stdout(Stdio::piped()).spawn()?);
-    first_byte(&mut process.0.stdout.take().ok_or("a pipe")?)?;
+    wait_for(&mut process.0.stdout.take().ok_or("a pipe")?, mark)?;
     let mut client = connect(&socket, &mut process)?;
     client.send(&Request::VmPause)?;
     let url = format!("file://{}", directory.join("snapshot").display());
     client.send(&Request::VmSnapshot(SnapshotConfig { destination_url: url.clone() }))?;
     Ok(url)
+}
+
+/// Reads until `mark` comes.
+pub(crate) fn wait_for(output: &mut impl Read, mark: u8) -> Result<(), Failure> {
+    let mut byte = [0];
+    while byte != [mark] {
+        output.read_exact(&mut byte)?;
+    }
+    Ok(())
+}
+
+/// A zygote of the snapshot at `url`, and a connection to it.
+pub(crate) fn zygote(url: &str, directory: &Path) -> Result<(Process, Client), Failure> {
+    let socket = directory.join("zygote");
+    let mut command = vmm();
+    command.args(["--zygote", &format!("source_url={url},socket={}", socket.display())]);
+    let mut process = Process(command.spawn()?);
+    let client = connect(&socket, &mut process)?;
+    Ok((process, client))
 }
 
 fn first_byte(output: &mut impl Read) -> Result<(), Failure> {
@@ -81,12 +101,14 @@ fn through_zygote(client: &mut Client, directory: &Path) -> Result<f64, Failure>
     drop(write);
     first_byte(&mut read)?;
     let time = start.elapsed();
-    end(Pid::from_raw(i32::try_from(clone.pid)?).ok_or("a process id")?)?;
+    end(clone.pid)?;
     std::fs::remove_file(path)?;
     Ok(time.as_secs_f64() * 1e3)
 }
 
-fn end(pid: Pid) -> Result<(), Failure> {
+/// Kills a clone and waits until it is gone.
+pub(crate) fn end(pid: i64) -> Result<(), Failure> {
+    let pid = Pid::from_raw(i32::try_from(pid)?).ok_or("a process id")?;
     let process = pidfd_open(pid, PidfdFlags::empty())?;
     kill_process(pid, Signal::KILL)?;
     let mut gone = [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)];
@@ -109,12 +131,8 @@ pub fn first_instruction(runs: usize) -> Result<Vec<Report>, Failure> {
     // Before anything else: it forks this process.
     let mut floor = Floor::start()?;
     let directory = tempfile::tempdir()?;
-    let url = snapshot(directory.path())?;
-    let socket = directory.path().join("zygote");
-    let mut zygote = vmm();
-    zygote.args(["--zygote", &format!("source_url={url},socket={}", socket.display())]);
-    let mut zygote = Process(zygote.spawn()?);
-    let mut client = connect(&socket, &mut zygote)?;
+    let url = snapshot_of(directory.path(), tiny::write_counter, b't')?;
+    let (_zygote, mut client) = zygote(&url, directory.path())?;
     let mut samples: [Samples; ARMS.len()] = Default::default();
     for run in 0..=runs {
         let ours = through_zygote(&mut client, directory.path())?;

@@ -9,6 +9,7 @@
 mod arms;
 mod clone;
 mod floor;
+mod live;
 mod report;
 
 use std::io::Read;
@@ -38,7 +39,9 @@ fn main() -> ExitCode {
         (Some("first-instruction"), Some(Ok(runs))) => first_instruction(runs),
         (Some("clone"), None) => clone::first_instruction(40),
         (Some("clone"), Some(Ok(runs))) => clone::first_instruction(runs),
-        _ => Err("usage: bench boot|first-instruction|clone [--json] [--runs N]".into()),
+        (Some("live-fork"), None) => live::fork_pause(40),
+        (Some("live-fork"), Some(Ok(runs))) => live::fork_pause(runs),
+        _ => Err("usage: bench boot|first-instruction|clone|live-fork [--json] [--runs N]".into()),
     };
     match result {
         Ok(reports) => {
