@@ -56,6 +56,7 @@ pub(crate) fn snapshot_of(directory: &Path, write_kernel: fn(&Path), mark: u8) -
     command.arg("--kernel").arg(&kernel).arg("--api-socket").arg(&socket).arg("--vsock");
     command.arg(format!("cid=3,socket={}", directory.join("vsock").display()));
     command.args(["--memory", &format!("size={MEMORY_MIB}M"), "--serial", "tty", "--console", "null"]);
+    command.args(["--landlock", "--landlock-rules", &format!("path={},access=rw", directory.display())]);
     let mut process = Process(command.stdout(Stdio::piped()).spawn()?);
     wait_for(&mut process.0.stdout.take().ok_or("a pipe")?, mark)?;
     let mut client = connect(&socket, &mut process)?;
