@@ -36,12 +36,17 @@ fn a_pvh_kernel_boots_with_4_cpus() {
 /// The second boot happens in the same process, and finds what the first wrote on the persistent memory.
 #[test]
 fn a_reboot_starts_the_machine_again_in_the_same_process() {
-    let command = VmmCommand::probe(&["virtio_pmem", "nd_pmem"], &["reboot-once=/dev/pmem0"]);
+    let command = VmmCommand::probe(&["virtio_pmem", "nd_pmem"], &["reboot-once=/dev/pmem0", "echo"]);
     let image = command.path("image");
     std::fs::write(&image, vec![0; 2 << 20]).unwrap();
     let mut vmm = command.arg("--pmem", format!("file={}", image.display())).spawn();
     vmm.wait_for("probe: reboot-once: restarting");
     vmm.wait_for("probe: reboot-once=/dev/pmem0: boot 2");
+    // More than the serial port takes at once: the second machine, too, says when it has room again.
+    vmm.wait_for("probe: echo: type");
+    let line = "again and again ".repeat(20);
+    vmm.type_text(&format!("{}\n", line.trim()));
+    vmm.wait_for(&format!("probe: echo: {}", line.trim()));
     vmm.wait_for("probe: done");
     let ended = vmm.wait_here();
     ended.assert_success();
