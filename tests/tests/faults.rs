@@ -272,3 +272,53 @@ fn a_snapshot_that_is_not_whole_or_of_another_version_is_refused_by_name() {
     client.send(&Request::VmRestore(from)).unwrap();
     while tiny::tick(&vmm.wait_for("")).is_none() {}
 }
+
+/// An image with writes that are thrown away, and an odd end.
+fn image(path: &Path) -> String {
+    fs::write(path, vec![7; 5000]).unwrap();
+    format!("file={},discard_writes=on", path.display())
+}
+
+/// What it takes to find out whether a guest has written to an image is there behind the filters.
+#[test]
+fn a_machine_that_wrote_to_no_image_is_saved() {
+    let keep = tempfile::tempdir().unwrap();
+    let directory = keep.path().join("snapshot");
+    let command = VmmCommand::tiny().arg("--pmem", image(&keep.path().join("image")));
+    let (mut vmm, mut client) = started(command.api().spawn());
+    client.send(&Request::VmPause).unwrap();
+    client.send(&snapshot(url(&directory))).unwrap();
+    goes_on(&mut vmm, &mut client);
+    restores(&directory);
+}
+
+/// Debian is saved after it read an image, and is not after it wrote to it: what it wrote would be lost.
+#[test]
+fn a_guest_that_wrote_to_an_image_is_not_saved_and_goes_on() {
+    let keep = tempfile::tempdir().unwrap();
+    let file = keep.path().join("image");
+    let jobs = ["image=/dev/pmem0", "echo", "overwrite=/dev/pmem0", "echo"];
+    let mut vmm = VmmCommand::probe(&["virtio_pmem", "nd_pmem"], &jobs)
+        .api()
+        .arg("--pmem", image(&file))
+        .args(&["--landlock", "--landlock-rules", &format!("path={},access=rw", keep.path().display())])
+        .spawn();
+    vmm.wait_for("probe: image=/dev/pmem0: 2097152 bytes");
+    vmm.wait_for("probe: echo: type");
+    let mut client = vmm.client();
+    client.send(&Request::VmPause).unwrap();
+    client.send(&snapshot(url(&keep.path().join("before")))).unwrap();
+    client.send(&Request::VmResume).unwrap();
+    vmm.type_text("go on\n");
+    vmm.wait_for("probe: overwrite=/dev/pmem0: written by guest");
+    vmm.wait_for("probe: echo: type");
+    client.send(&Request::VmPause).unwrap();
+    let after = keep.path().join("after");
+    let said = refused(&mut client, url(&after));
+    let sentence = format!("the device _pmem0 cannot be saved: the guest has written to {} (at 0x0,", file.display());
+    assert!(said.contains(&sentence) && !after.exists(), "{said}");
+    client.send(&Request::VmResume).unwrap();
+    vmm.type_text("still there?\n");
+    vmm.wait_for("probe: echo: still there?");
+    vmm.wait().assert_success();
+}
