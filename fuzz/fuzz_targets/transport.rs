@@ -1,46 +1,16 @@
 //! Whatever a guest does to the registers and the configuration space of a virtio-pci function.
 #![no_main]
 
-use std::io;
-use std::sync::Arc;
-
 use devices::bus::BusDevice;
-use devices::irq::{Msi, MsiSink};
 use devices::pci::PciDevice;
 use libfuzzer_sys::fuzz_target;
 use virtio_devices::device::Memory;
-use virtio_devices::rng::Rng;
-use virtio_devices::transport::{BAR0_SIZE, Doorbells, PciTransport, Setup};
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
-use vmm_sys_util::eventfd::EventFd;
-
-struct Nothing;
-
-impl MsiSink for Nothing {
-    fn signal(&self, _: Msi) {}
-}
-
-impl Doorbells for Nothing {
-    fn add(&self, _: u64, _: &EventFd) -> io::Result<()> {
-        Ok(())
-    }
-    fn remove(&self, _: u64, _: &EventFd) {}
-}
+use virtio_devices::transport::BAR0_SIZE;
+use vm_memory::GuestAddress;
 
 fuzz_target!(|data: &[u8]| {
     let mem = Memory::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("guest memory");
-    let transport = PciTransport::new(Setup {
-        id: "rng".into(),
-        device: Box::new(Rng::new(std::fs::File::open("/dev/urandom").expect("entropy"))),
-        bar0: 0xc000_0000,
-        shared_memory: None,
-        mem: GuestMemoryAtomic::new(mem),
-        msi: Arc::new(Nothing),
-        doorbells: Arc::new(Nothing),
-        thread_setup: Arc::new(|| Ok(())),
-        saved: None,
-    })
-    .expect("a PCI function");
+    let transport = spectrum_fuzz::transport(mem, None).expect("a PCI function");
     transport.resume().expect("a thread");
     for step in data.chunks_exact(12) {
         let offset = u64::from(u16::from_le_bytes([step[1], step[2]]));

@@ -1,14 +1,22 @@
 //! What the fuzz targets share: a machine with one device of every kind, on files in memory.
 
+mod engine;
+
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
+use devices::irq::{Msi, MsiSink};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use virtio_devices::gpu::NoRenderer;
+use virtio_devices::device::{Memory, SavedState};
 use virtio_devices::registry::{ConsoleEnds, Kind};
+use virtio_devices::rng::Rng;
 use virtio_devices::testkit;
-use vmm_config::{DiskConfig, PmemConfig, VmConfig, VsockConfig};
+use virtio_devices::transport::{Doorbells, PciTransport, Setup, TransportState};
+use vm_memory::GuestMemoryAtomic;
+use vmm_config::{DiskConfig, GpuConfig, PmemConfig, VmConfig, VsockConfig};
+use vmm_sys_util::eventfd::EventFd;
 
 // The targets' macro needs it, and they need not name it.
 pub use libfuzzer_sys;
@@ -47,6 +55,7 @@ fn machine() -> &'static Machine {
             disks: vec![DiskConfig { path: disk_path, num_queues: 2, ..DiskConfig::default() }],
             pmem: vec![PmemConfig { file: pmem_path, ..PmemConfig::default() }],
             vsock: Some(VsockConfig { cid: 3, socket, ..VsockConfig::default() }),
+            gpu: vec![GpuConfig { wayland: Some("/nowhere".into()), window: 1 << 20, ..GpuConfig::default() }],
             ..VmConfig::default()
         };
         Machine { config, output, input, _files: [disk, pmem] }
@@ -55,11 +64,55 @@ fn machine() -> &'static Machine {
 
 /// Builds a device of `kind` and lets a driver made of `data` talk to it.
 pub fn device(kind: &Kind, data: &[u8]) {
+    let device = testkit::build(kind, &machine().config, Some(ends()), &engine::Nothing).expect("the device");
+    testkit::hostile(device, data);
+}
+
+/// As [`device`], if one of `kind` can be made of what a snapshot says of it.
+pub fn restored(kind: &Kind, saved: &SavedState, data: &[u8]) {
+    let device = testkit::restore(kind, &machine().config, Some(ends()), &engine::Nothing, Some(saved));
+    if let Ok(device) = device {
+        let _ = device.save();
+        testkit::hostile(device, data);
+    }
+}
+
+fn ends() -> ConsoleEnds {
     let machine = machine();
     // What the guest wrote to the console before does not matter and should not fill the memory.
     let _ = ftruncate(&machine.output, 0);
     let copy = |fd: &OwnedFd| fd.try_clone().ok();
-    let ends = ConsoleEnds { output: copy(&machine.output), input: copy(&machine.input), terminal: false };
-    let device = testkit::build(kind, &machine.config, Some(ends), &NoRenderer).expect("the device");
-    testkit::hostile(device, data);
+    ConsoleEnds { output: copy(&machine.output), input: copy(&machine.input), terminal: false }
+}
+
+/// Where messages and doorbells of a function go that nobody has.
+pub struct Nobody;
+
+impl MsiSink for Nobody {
+    fn signal(&self, _: Msi) {}
+}
+
+impl Doorbells for Nobody {
+    fn add(&self, _: u64, _: &EventFd) -> io::Result<()> {
+        Ok(())
+    }
+    fn remove(&self, _: u64, _: &EventFd) {}
+}
+
+/// The PCI function of an entropy device, new or with the state of a snapshot.
+///
+/// # Errors
+/// If the state is not one of such a function.
+pub fn transport(mem: Memory, saved: Option<&TransportState>) -> io::Result<Arc<PciTransport>> {
+    PciTransport::new(Setup {
+        id: "_rng".into(),
+        device: Box::new(Rng::new(std::fs::File::open("/dev/urandom").expect("entropy"))),
+        bar0: 0xc000_0000,
+        shared_memory: None,
+        mem: GuestMemoryAtomic::new(mem),
+        msi: Arc::new(Nobody),
+        doorbells: Arc::new(Nobody),
+        thread_setup: Arc::new(|| Ok(())),
+        saved,
+    })
 }

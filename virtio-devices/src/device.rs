@@ -339,6 +339,14 @@ pub trait Device: Send {
     /// The driver reset the device: forget everything the driver caused.
     fn reset(&mut self) {}
 
+    /// Whether [`Device::save`] says all that the guest relies on. Called on the control thread, while the device is stopped.
+    ///
+    /// # Errors
+    /// What would be lost, in a sentence.
+    fn can_save(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     /// The state of a stopped device.
     fn save(&self) -> SavedState;
 }

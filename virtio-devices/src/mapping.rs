@@ -5,7 +5,10 @@
 #![expect(unsafe_code, reason = "mmap and munmap of address ranges this type owns")]
 
 use std::ffi::c_void;
+use std::fs::File;
+use std::io;
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
 use std::ptr;
 
 use rustix::io::Errno;
@@ -127,6 +130,52 @@ impl Mapping {
             .map_err(|source| Error::Map { len, source })
     }
 
+    /// The offset of the first page of `len` bytes at `offset` that is a private copy and other than what `original` says of
+    /// it: the page of a private mapping that was written. `original` fills a page with what is mapped at an offset.
+    ///
+    /// Which pages are copies, the kernel tells (Documentation/admin-guide/mm/pagemap.rst): a page that is there and is not
+    /// the file's. That includes pages that only were about to be written, and the zero page, so the bytes decide.
+    ///
+    /// # Errors
+    /// If that cannot be found out.
+    pub fn first_changed_page(
+        &self,
+        offset: u64,
+        len: u64,
+        original: impl Fn(u64, &mut [u8]) -> io::Result<()>,
+    ) -> io::Result<Option<u64>> {
+        /// A page has an entry of so many bytes.
+        const ENTRY: u64 = 8;
+        const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+        const FILE_PAGE: u64 = 1 << 61;
+        let (start, size) = checked(offset, len, self.len as u64).map_err(io::Error::other)?;
+        let first = self.host_address() + start as u64;
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let memory = File::open("/proc/self/mem")?;
+        let (mut now, mut then) = ([0; PAGE_SIZE as usize], [0; PAGE_SIZE as usize]);
+        let mut entries = vec![0; 64 << 10];
+        let end = offset + size as u64;
+        let mut at = offset;
+        while at < end {
+            let wanted = usize::try_from((end - at) / PAGE_SIZE * ENTRY).unwrap_or(usize::MAX);
+            let part = entries.len().min(wanted);
+            let part = entries.get_mut(..part).unwrap_or_default();
+            pagemap.read_exact_at(part, (first + (at - offset)) / PAGE_SIZE * ENTRY)?;
+            for entry in part.as_chunks().0 {
+                let entry = u64::from_ne_bytes(*entry);
+                if entry & PRESENT_OR_SWAPPED != 0 && entry & FILE_PAGE == 0 {
+                    memory.read_exact_at(&mut now, first + (at - offset))?;
+                    original(at, &mut then)?;
+                    if now != then {
+                        return Ok(Some(at));
+                    }
+                }
+                at += PAGE_SIZE;
+            }
+        }
+        Ok(None)
+    }
+
     /// First host address, for a KVM memory slot.
     #[must_use]
     pub fn host_address(&self) -> u64 {
@@ -190,6 +239,84 @@ mod tests {
         }
         assert!(Mapping::reserve(0).is_err());
         assert!(Mapping::reserve(u64::MAX - 4095).is_err());
+    }
+
+    /// A range whose second page is the private mapping of a file of sevens, the third one of zeroes.
+    fn private() -> (Mapping, std::fs::File) {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 4096]).unwrap();
+        let mut m = Mapping::reserve(4 * PAGE_SIZE).unwrap();
+        m.map_file(PAGE_SIZE, PAGE_SIZE, file.as_fd(), 0, Access::Private).unwrap();
+        m.map_zero(2 * PAGE_SIZE, PAGE_SIZE, true).unwrap();
+        (m, file)
+    }
+
+    /// Where the second and the third page of such a range differ from what is mapped there.
+    fn changed(m: &Mapping) -> Option<u64> {
+        let original = |at, page: &mut [u8]| {
+            page.fill(if at == PAGE_SIZE { 7 } else { 0 });
+            Ok(())
+        };
+        m.first_changed_page(PAGE_SIZE, 2 * PAGE_SIZE, original).unwrap()
+    }
+
+    /// Reads the byte at `at` of the range and writes `value` there, if there is one.
+    fn touch(m: &Mapping, at: usize, value: Option<u8>) {
+        let byte = m.addr.wrapping_byte_add(at).cast::<u8>();
+        // SAFETY: the callers name bytes of the second and third page, which are readable and writable.
+        unsafe {
+            byte.read_volatile();
+            value.into_iter().for_each(|value| byte.write_volatile(value));
+        }
+    }
+
+    #[test]
+    fn only_pages_that_were_changed_count_as_changed() {
+        let (m, _file) = private();
+        assert_eq!(changed(&m), None, "nothing was touched");
+        touch(&m, 4096, None);
+        touch(&m, 8192, None);
+        assert_eq!(changed(&m), None, "both were read");
+        touch(&m, 4096, Some(7));
+        touch(&m, 8192, Some(0));
+        assert_eq!(changed(&m), None, "what was there was written again");
+        touch(&m, 8192 + 4095, Some(1));
+        assert_eq!(changed(&m), Some(2 * PAGE_SIZE));
+        touch(&m, 4096, Some(8));
+        assert_eq!(changed(&m), Some(PAGE_SIZE));
+        touch(&m, 4096, Some(7));
+        touch(&m, 8192 + 4095, Some(0));
+        assert_eq!(changed(&m), None, "all is as it was");
+    }
+
+    #[test]
+    fn what_cannot_be_compared_is_an_error() {
+        let (m, file) = private();
+        let never = |_, _: &mut [u8]| -> io::Result<()> { Err(io::ErrorKind::NotFound.into()) };
+        assert!(m.first_changed_page(PAGE_SIZE, 4 * PAGE_SIZE, never).is_err(), "beyond its end");
+        assert!(m.first_changed_page(1, PAGE_SIZE, never).is_err(), "no page");
+        assert_eq!(m.first_changed_page(0, PAGE_SIZE, never).unwrap(), None, "nothing can be written there");
+        touch(&m, 4096, Some(9));
+        assert_eq!(m.first_changed_page(PAGE_SIZE, PAGE_SIZE, never).unwrap_err().kind(), io::ErrorKind::NotFound);
+        // A file that became shorter: the copy stays, and can be compared.
+        file.set_len(0).unwrap();
+        assert!(m.first_changed_page(PAGE_SIZE, PAGE_SIZE, |_, _| Ok(())).is_ok());
+    }
+
+    /// More pages than fit into one answer of the kernel's.
+    #[test]
+    fn the_last_of_many_pages_is_found() {
+        let pages = 10_000;
+        let mut m = Mapping::reserve(pages * PAGE_SIZE).unwrap();
+        m.map_zero(0, pages * PAGE_SIZE, true).unwrap();
+        let zeroes = |_, page: &mut [u8]| {
+            page.fill(0);
+            Ok(())
+        };
+        let last = (pages - 1) * PAGE_SIZE;
+        touch(&m, usize::try_from(last).unwrap(), Some(1));
+        assert_eq!(m.first_changed_page(0, pages * PAGE_SIZE, zeroes).unwrap(), Some(last));
+        assert_eq!(m.first_changed_page(0, last, zeroes).unwrap(), None);
     }
 
     #[test]

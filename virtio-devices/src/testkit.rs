@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use vmm_config::{HostFacts, VmConfig};
 
-use crate::device::{Active, Broken, Device, Interrupt, Memory, VirtQueue, WindowAddress};
+use crate::device::{Active, Broken, Device, Interrupt, Memory, SavedState, VirtQueue, WindowAddress};
 use crate::gpu::RendererFactory;
 use crate::registry::{BuildContext, BuildError, ConsoleEnds, Kind, WindowRequest};
 use crate::worker::Worker;
@@ -430,6 +430,23 @@ pub fn build(
     console: Option<ConsoleEnds>,
     renderer: &dyn RendererFactory,
 ) -> Result<Box<dyn Device>, BuildError> {
+    restore(kind, config, console, renderer, None)
+}
+
+/// As [`build`], with the device's state in a snapshot.
+///
+/// # Errors
+/// As the kind.
+///
+/// # Panics
+/// As [`build`].
+pub fn restore(
+    kind: &Kind,
+    config: &VmConfig,
+    console: Option<ConsoleEnds>,
+    renderer: &dyn RendererFactory,
+    saved: Option<&SavedState>,
+) -> Result<Box<dyn Device>, BuildError> {
     let files = config.pmem.iter().filter_map(|pmem| Some((pmem.file.clone(), pmem.file.metadata().ok()?.len())));
     let facts = HostFacts { file_sizes: files.collect(), ..HostFacts::default() };
     let requests = (kind.requests)(config, &facts);
@@ -439,7 +456,7 @@ pub fn build(
             WindowAddress { guest: GuestAddress(1 << 40), len }
         }
     });
-    (kind.build)(BuildContext { config, request, window, console, listener: None, renderer, saved: None })
+    (kind.build)(BuildContext { config, request, window, console, listener: None, renderer, saved })
         .map(|built| built.device)
 }
 

@@ -85,9 +85,7 @@ impl Machine {
     /// If a part is gone, or cannot be read.
     pub fn save(&self) -> Result<MachineState, SnapshotError> {
         let device = |transport: &Arc<PciTransport>| {
-            let gone =
-                || SnapshotError::Unsaved(format!("the device {} has failed and cannot be saved", transport.id()));
-            let (state, device) = transport.save().ok_or_else(gone)?;
+            let (state, device) = transport.save().map_err(SnapshotError::Unsaved)?;
             Ok(SavedDevice { id: transport.id().to_owned(), transport: state, device })
         };
         let hypervisor = |e: hypervisor::Error| SnapshotError::Unsaved(e.to_string());

@@ -1,5 +1,10 @@
 //! The device itself: configuration space and the flush queue.
 
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use block::image::Image;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -7,6 +12,7 @@ use vm_memory::{Bytes, GuestAddressSpace};
 
 use super::{KIND, STATE_VERSION, State};
 use crate::device::{Active, Broken, Chain, ConfigSpace, Device, Memory, SavedState, Traits, WindowAddress};
+use crate::mapping::Mapping;
 
 const QUEUE_SIZE: u16 = 64;
 
@@ -17,14 +23,21 @@ const FAILED: u32 = u32::MAX;
 
 /// Persistent memory device.
 pub struct Pmem {
-    image: Image,
-    window: WindowAddress,
-    state: State,
+    pub(super) image: Image,
+    pub(super) path: PathBuf,
+    pub(super) window: WindowAddress,
+    /// Host memory of the window.
+    pub(super) mapping: Arc<Mutex<Mapping>>,
+    pub(super) state: State,
 }
 
 impl Pmem {
-    pub(super) fn new(image: Image, window: WindowAddress, state: State) -> Self {
-        Self { image, window, state }
+    /// What the window shows at `offset` to a guest that has written nothing: the image, and zeroes behind its end.
+    fn original(&self, offset: u64, page: &mut [u8]) -> io::Result<()> {
+        page.fill(0);
+        let len = self.image.size().saturating_sub(offset).min(page.len() as u64);
+        let part = usize::try_from(len).ok().and_then(|len| page.get_mut(..len));
+        self.image.file().read_exact_at(part.unwrap_or_default(), offset)
     }
 
     /// Everything the guest has written up to now is on disk after this.
@@ -91,6 +104,32 @@ impl Device for Pmem {
             queue.push(head, len)?;
         }
         queue.notify()
+    }
+
+    /// What the guest has written with `discard_writes`, and to the padding, is neither in its RAM nor in the image, and so in
+    /// no snapshot. A guest that found other bytes there afterwards would take its file system for damaged, so it is not
+    /// saved.
+    fn can_save(&self) -> Result<(), String> {
+        let path = self.path.display();
+        // With the end of a file go the guest's copies of it, too.
+        let found = self.image.file().metadata().map_err(|e| format!("cannot look at {path}: {e}"))?;
+        if found.is_file() && found.len() < self.image.size() {
+            return Err(format!("{path} has become shorter than it was when the machine was started"));
+        }
+        let mapping = self.mapping.lock().unwrap_or_else(PoisonError::into_inner);
+        let (start, what) = match self.state.discard_writes {
+            true => (0, "with discard_writes=on"),
+            false => (super::image_pages(&self.image, mapping.len()), "behind its end"),
+        };
+        let Some(len) = mapping.len().checked_sub(start).filter(|len| *len > 0) else { return Ok(()) };
+        match mapping.first_changed_page(start, len, |offset, page| self.original(offset, page)) {
+            Ok(None) => Ok(()),
+            Ok(Some(offset)) => Err(format!(
+                "the guest has written to {path} (at {offset:#x}, {what}), and that would be lost; save the machine \
+                 before it does, or use an image that it only reads"
+            )),
+            Err(e) => Err(format!("it cannot be found out whether the guest has written to {path}: {e}")),
+        }
     }
 
     fn save(&self) -> SavedState {

@@ -6,7 +6,8 @@
 //! With `discard_writes` the mapping is private and writable, and the memory slot too. Pages the guest only reads stay
 //! the host's page cache, shared by all machines with the same image: on a read fault KVM asks for the page without
 //! write intent and makes it writable only if the host's page table entry already is, which it is not for a clean page
-//! of a private mapping. The first write to a page gets a copy.
+//! of a private mapping. The first write to a page gets a copy. Such copies are part of no snapshot, so a machine that has
+//! some is not saved.
 
 mod device;
 #[cfg(test)]
@@ -89,10 +90,8 @@ fn create(
     }
     let mapping = map(&image, window, config.discard_writes).map_err(|e| other(format!("{name}: {e}")))?;
     let mapping = Arc::new(Mutex::new(mapping));
-    Ok(Built {
-        device: Box::new(Pmem::new(image, window, state)),
-        memory: Some(WindowMemory { mapping, read_only: false }),
-    })
+    let device = Pmem { image, path: config.file.clone(), window, mapping: mapping.clone(), state };
+    Ok(Built { device: Box::new(device), memory: Some(WindowMemory { mapping, read_only: false }) })
 }
 
 fn open(id: &str, config: &PmemConfig) -> Result<Image, BuildError> {
@@ -114,10 +113,15 @@ fn is_permission(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
 }
 
+/// Bytes of a window of `len` bytes that show the image, the partial last page included.
+fn image_pages(image: &Image, len: u64) -> u64 {
+    image.size().checked_next_multiple_of(PAGE_SIZE).unwrap_or(len).min(len)
+}
+
 /// Maps the image at the start of the window, the partial last page included, and zero pages after it.
 fn map(image: &Image, window: WindowAddress, discard_writes: bool) -> Result<Mapping, mapping::Error> {
     let mut mapping = Mapping::reserve(window.len)?;
-    let pages = image.size().checked_next_multiple_of(PAGE_SIZE).unwrap_or(window.len).min(window.len);
+    let pages = image_pages(image, window.len);
     let access = if discard_writes { mapping::Access::Private } else { mapping::Access::Shared };
     mapping.map_file(0, pages, image.as_fd(), 0, access)?;
     if pages < window.len {

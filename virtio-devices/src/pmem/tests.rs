@@ -207,4 +207,55 @@ fn a_snapshot_goes_with_its_image_only() {
     assert!(restore(file.path(), true, &damaged).unwrap_err().contains("damaged"));
 }
 
+#[test]
+fn a_guest_that_wrote_what_would_be_lost_is_not_saved() {
+    let file = image((2 << 20) + 5000);
+    let end = (2 << 20) + 5000;
+    let padding = (2 << 20) + 8192;
+    let lost = |built: &Built| built.device.can_save().err();
+    for discard in [true, false] {
+        // Reading is no harm, be it the image or the zeroes behind it.
+        let built = make(file.path(), discard);
+        assert_eq!(lost(&built), None);
+        [0, 4096, end - 1, end, padding, (4 << 20) - 1].iter().for_each(|at| assert!(read(&built, *at) < 8));
+        assert_eq!(lost(&built), None);
+        write(&built, (4 << 20) - 1, 0);
+        assert_eq!(lost(&built), None, "the same as before");
+        write(&built, padding, 1);
+        let said = lost(&built).unwrap();
+        let path = file.path().display().to_string();
+        assert!(said.contains(&path) && said.contains("would be lost") && said.contains("0x202000"), "{said}");
+    }
+    // In the image, in its last page and behind it in the same page: copies with discard_writes, otherwise the file's.
+    for at in [0, end - 1, end] {
+        let built = make(file.path(), true);
+        write(&built, at, 9);
+        assert!(lost(&built).is_some_and(|said| said.contains("discard_writes=on")), "{at:#x}");
+        write(&built, at, if at == end { 0 } else { 7 });
+        assert_eq!(lost(&built), None, "{at:#x} is as it was");
+    }
+    let shared = make(file.path(), false);
+    write(&shared, 0, 9);
+    assert_eq!(lost(&shared), None);
+    drop(shared);
+    // Two machines: what one has written is not the other's loss. The whole of an image that was written is found, too.
+    let file = image(2 << 20);
+    let (one, two) = (make(file.path(), true), make(file.path(), true));
+    (0..2 << 20).step_by(4096).for_each(|at| write(&one, at, 9));
+    assert!(lost(&one).is_some());
+    assert_eq!(lost(&two), None);
+}
+
+/// Rather no snapshot than one that lacks something.
+#[test]
+fn an_image_that_became_shorter_is_no_base_for_a_snapshot() {
+    let file = image(8192);
+    let built = make(file.path(), true);
+    write(&built, 4096, 7);
+    assert_eq!(built.device.can_save(), Ok(()));
+    file.as_file().set_len(8191).unwrap();
+    let said = built.device.can_save().unwrap_err();
+    assert!(said.contains("has become shorter"), "{said}");
+}
+
 crate::conformance_tests!(super::pmem);

@@ -369,10 +369,11 @@ impl PciTransport {
         &self.id
     }
 
-    /// The state of a paused device and its transport, whose queues are where the device left them; nothing if the
-    /// device is running or gone.
-    #[must_use]
-    pub fn save(&self) -> Option<(TransportState, SavedState)> {
+    /// The state of a paused device and its transport, whose queues are where the device left them.
+    ///
+    /// # Errors
+    /// If the device is running or gone, or would lose something: a sentence.
+    pub fn save(&self) -> Result<(TransportState, SavedState), String> {
         let inner = self.lock();
         let mut common = inner.common.clone();
         let (running, device) = match &inner.running {
@@ -383,8 +384,11 @@ impl PciTransport {
                 }
                 (true, device)
             }
-            Running::OnThread | Running::Gone => return None,
+            Running::OnThread | Running::Gone => {
+                return Err(format!("the device {} has failed and cannot be saved", self.id));
+            }
         };
+        device.can_save().map_err(|why| format!("the device {} cannot be saved: {why}", self.id))?;
         let state = TransportState {
             common,
             config: inner.config.save(),
@@ -392,7 +396,7 @@ impl PciTransport {
             interrupt: self.interrupt.save(),
             running,
         };
-        Some((state, device.save()))
+        Ok((state, device.save()))
     }
 
     fn bar_read(&self, offset: u64, data: &mut [u8]) {

@@ -203,6 +203,40 @@ fn flipped_bits_of_memory_are_noticed() {
     }
 }
 
+/// A machine that was saved on a CPU like this one but for what `change` does to what its guest was told, and read again.
+fn check_cpu(change: impl FnOnce(&mut Vec<CpuidEntry>), host: &[CpuidEntry]) -> Result<(), SnapshotError> {
+    let directory = tempfile::tempdir().unwrap();
+    let (config, mut state, memory) = saved();
+    let vcpu = state.vcpus.first_mut().unwrap();
+    vcpu.cpuid = host.to_vec();
+    change(&mut vcpu.cpuid);
+    Snapshot::write(directory.path(), &config, &state, &memory).unwrap();
+    let (state, _) = read(directory.path()).unwrap();
+    let sums = fs::read(directory.path().join(SUMS)).unwrap();
+    let memory = MemoryFile::open(directory.path().join(MEMORY), &sums, &state.plan.ram).unwrap();
+    Snapshot { config, state, memory }.check_cpu(host)
+}
+
+#[test]
+fn a_snapshot_of_another_cpu_is_refused_with_what_is_missing() {
+    let entry =
+        |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidEntry { function, eax, ebx, ecx, edx, ..Default::default() };
+    let host = [entry(0, [16, 1, 2, 3]), entry(1, [7, 0, 0b110, 0b1]), entry(7, [0, 1 << 5, 0, 0])];
+    check_cpu(|_| {}, &host).unwrap();
+    // Another model of the same maker with fewer features is as good.
+    check_cpu(|cpuid| (cpuid[1].eax, cpuid[2].ebx) = (8, 0), &host).unwrap();
+    check_cpu(Vec::clear, &[]).unwrap();
+    let said = |change: fn(&mut Vec<CpuidEntry>)| check_cpu(change, &host).unwrap_err().to_string();
+    let lacks = "the snapshot was taken on another kind of CPU; this one lacks";
+    assert_eq!(said(|cpuid| cpuid[1].ecx |= 1 << 3), format!("{lacks} CPUID 0x1.0 ECX bit 3"));
+    assert_eq!(
+        said(|cpuid| (cpuid[1].edx, cpuid[2].ebx) = (0b11, 3 << 5)),
+        format!("{lacks} CPUID 0x1.0 EDX bit 1, CPUID 0x7.0 EBX bit 6")
+    );
+    assert_eq!(said(|cpuid| cpuid[0].ebx = 9), format!("{lacks} its maker"));
+    assert_eq!(said(Vec::clear), format!("{lacks} its maker"), "nobody knows what it was");
+}
+
 proptest! {
     /// With a hash that is right the parser still meets whatever somebody wrote.
     #[test]
