@@ -347,7 +347,7 @@ impl Vmm {
         let Some(created) = &mut self.created else { return Ok(()) };
         created.paused = false;
         let Some(machine) = &created.machine else { return Ok(()) };
-        machine.resume().map_err(|source| BuildError::Host { what: "start a device's thread", source }.into())
+        Ok(machine.resume()?)
     }
 
     fn with_machine(&mut self, paused: bool, act: impl FnOnce(&Machine)) {
@@ -402,8 +402,10 @@ impl Vmm {
                     }
                 }
                 MachineEvent::Fault(why) => {
+                    let machine = self.created.as_ref().and_then(|created| created.machine.as_ref());
+                    let lost = machine.is_some_and(Machine::has_lost_memory);
                     self.shut_down();
-                    let why = if self.hypervisor.software_only() { SOFTWARE_ONLY.into() } else { why };
+                    let why = if self.hypervisor.software_only() && !lost { SOFTWARE_ONLY.into() } else { why };
                     self.outcome = Some(Outcome::Failed(format!("the machine stopped: {why}")));
                 }
             }
