@@ -375,6 +375,18 @@ impl Vmm {
         }
     }
 
+    /// Whether the machine has lost memory. If so it stays as it is until the process ends: stopping it would give zeroes to
+    /// whoever waits for that memory, perhaps a device in the middle of a write to a disk.
+    fn abandon_without_memory(&mut self) -> bool {
+        let machine = self.created.as_mut().and_then(|c| c.machine.take_if(|machine| machine.has_lost_memory()));
+        let lost = machine.is_some();
+        if lost {
+            std::mem::forget(machine);
+            self.event("vm", "shutdown");
+        }
+        lost
+    }
+
     fn reboot(&mut self) -> Result<(), VmmError> {
         self.event("vm", "rebooting");
         self.shut_down();
@@ -402,8 +414,7 @@ impl Vmm {
                     }
                 }
                 MachineEvent::Fault(why) => {
-                    let machine = self.created.as_ref().and_then(|created| created.machine.as_ref());
-                    let lost = machine.is_some_and(Machine::has_lost_memory);
+                    let lost = self.abandon_without_memory();
                     self.shut_down();
                     let why = if self.hypervisor.software_only() && !lost { SOFTWARE_ONLY.into() } else { why };
                     self.outcome = Some(Outcome::Failed(format!("the machine stopped: {why}")));
