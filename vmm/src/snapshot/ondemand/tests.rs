@@ -19,7 +19,7 @@ const HIGH: u64 = 1 << 32;
 const LOW_LEN: u64 = 2 * CHUNK + PAGE;
 const RAM: [PlannedRam; 2] =
     [PlannedRam { start: 0, len: LOW_LEN, slot: 0 }, PlannedRam { start: HIGH, len: 4 * CHUNK, slot: 1 }];
-const PAGES: usize = (LOW_LEN + 4 * CHUNK) as usize / PAGE as usize;
+const PAGES: u64 = (LOW_LEN + 4 * CHUNK) / PAGE;
 /// Where the file has the second range's second chunk.
 const SECOND_HIGH: u64 = LOW_LEN + CHUNK;
 
@@ -65,21 +65,22 @@ impl Restored {
     }
 
     /// How many pages have been placed (`/proc/PID/pagemap`).
-    fn present(&self) -> usize {
+    fn present(&self) -> u64 {
         let pagemap = File::open("/proc/self/pagemap").unwrap();
         let present = |address: u64| {
             let mut entry = [0; 8];
             pagemap.read_exact_at(&mut entry, address / PAGE * 8).unwrap();
             entry[7] & 0x80 != 0
         };
-        let pages = |start: u64, len: u64| (start..start + len).step_by(4096).filter(|page| present(*page)).count();
+        let pages =
+            |start: u64, len: u64| (start..start + len).step_by(4096).map(|page| u64::from(present(page))).sum::<u64>();
         self.now.iter().map(|region| pages(region.as_ptr() as u64, region.len())).sum()
     }
 
     fn assert_same(&self) {
         for range in RAM {
             let read = |memory: &Memory| {
-                let mut bytes = vec![0; range.len as usize];
+                let mut bytes = vec![0; usize::try_from(range.len).unwrap()];
                 memory.read_slice(&mut bytes, GuestAddress(range.start)).unwrap();
                 bytes
             };
@@ -124,7 +125,7 @@ fn all_of_it_is_what_it_was_whoever_reads_it() {
         .map(|n| {
             let (memory, before) = (restored.now.clone(), restored.before.clone());
             thread::spawn(move || {
-                for page in (0..PAGES as u64).map(|page| (page * 7 + n) % PAGES as u64 * PAGE) {
+                for page in (0..PAGES).map(|page| (page * 7 + n) % PAGES * PAGE) {
                     let at = GuestAddress(if page < LOW_LEN { page } else { HIGH + page - LOW_LEN } + 8 * n);
                     assert_eq!(memory.read_obj::<u64>(at).unwrap(), before.read_obj::<u64>(at).unwrap(), "{at:?}");
                 }
