@@ -35,6 +35,28 @@ const COUNTER: &[u8] = &[
     0xeb, 0xce,                         // jmp next
 ];
 
+/// Where [`write_filler`]'s kernel begins to write.
+const FILL_FROM: u32 = 2 << 20;
+
+/// Writes a kernel to `path` that writes to each page of its memory but the first 2 MiB, of `size` bytes, and then counts.
+///
+/// # Panics
+/// If that fails.
+pub fn write_filler(path: &Path, size: u32) {
+    let pages = (size - FILL_FROM) / 4096;
+    let [from, pages] = [FILL_FROM, pages].map(u32::to_le_bytes);
+    let mut code = Vec::new();
+    code.push(0xbf); // mov edi, from
+    code.extend(from);
+    code.push(0xb9); // mov ecx, pages
+    code.extend(pages);
+    code.extend([0x89, 0x3f]); // page: mov [edi], edi
+    code.extend([0x81, 0xc7, 0, 0x10, 0, 0]); // add edi, 4096
+    code.extend([0x49, 0x75, 0xf5]); // dec ecx; jnz page
+    code.extend(COUNTER);
+    std::fs::write(path, elf(&code)).expect("the kernel can be written");
+}
+
 /// Jumps to where there is neither RAM nor a device, which no KVM can carry out.
 #[rustfmt::skip]
 const LOST: &[u8] = &[

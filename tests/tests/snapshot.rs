@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -11,8 +13,11 @@ use tests::{Vmm, VmmCommand, tiny};
 use vmm_api::{Client, Reply, Request};
 use vmm_config::{MemoryRestoreMode, RestoreConfig, SnapshotConfig};
 
-const MODES: [(&str, MemoryRestoreMode); 2] =
-    [("copyonwrite", MemoryRestoreMode::CopyOnWrite), ("copy", MemoryRestoreMode::Copy)];
+const MODES: [(&str, MemoryRestoreMode); 3] = [
+    ("copyonwrite", MemoryRestoreMode::CopyOnWrite),
+    ("copy", MemoryRestoreMode::Copy),
+    ("ondemand", MemoryRestoreMode::OnDemand),
+];
 
 fn url(directory: &Path) -> String {
     format!("file://{}", directory.display())
@@ -111,6 +116,9 @@ fn refusal(directory: &Path, mode: &str) -> String {
     ended.stderr
 }
 
+/// What is said of the tiny guest's program after a bit of it was flipped.
+const DAMAGED: &str = "memory is damaged: the bytes at 0x100000 are not what was written";
+
 #[test]
 fn what_is_no_snapshot_is_refused_in_a_sentence() {
     let keep = tempfile::tempdir().unwrap();
@@ -120,27 +128,27 @@ fn what_is_no_snapshot_is_refused_in_a_sentence() {
     save(&mut vmm.client(), &directory);
     drop(vmm);
     let file = |name: &str| directory.join(name);
-    let tamper = |name: &str, change: &dyn Fn(&mut Vec<u8>), sentence: &str| {
-        let whole = fs::read(file(name)).unwrap();
-        let mut changed = whole.clone();
-        change(&mut changed);
-        fs::write(file(name), changed).unwrap();
-        for (mode, _) in MODES {
-            let said = refusal(&directory, mode);
-            assert!(said.contains(sentence) && said.lines().count() == 1, "{name}: {said}");
-        }
-        fs::write(file(name), whole).unwrap();
-    };
+    let tamper_for =
+        |modes: &[(&str, MemoryRestoreMode)], name: &str, change: &dyn Fn(&mut Vec<u8>), sentence: &str| {
+            let whole = fs::read(file(name)).unwrap();
+            let mut changed = whole.clone();
+            change(&mut changed);
+            fs::write(file(name), changed).unwrap();
+            for (mode, _) in modes {
+                let said = refusal(&directory, mode);
+                assert!(said.contains(sentence) && said.lines().count() == 1, "{name}: {said}");
+            }
+            fs::write(file(name), whole).unwrap();
+        };
+    let tamper = |name: &str, change: &dyn Fn(&mut Vec<u8>), sentence: &str| tamper_for(&MODES, name, change, sentence);
     let path = |name: &str| file(name).display().to_string();
     let changed = |name: &str| format!("{} is damaged: its contents are not what was written", path(name));
     tamper("config.json", &|bytes| bytes[20] ^= 1, &changed("config.json"));
     tamper("state.bin", &|bytes| bytes.truncate(100), &changed("state.bin"));
     tamper("memory.sums", &|bytes| bytes.clear(), &changed("memory.sums"));
-    tamper(
-        "memory",
-        &|bytes| bytes[0x10_0001] ^= 4,
-        "memory is damaged: the bytes at 0x100000 are not what was written",
-    );
+    // On demand it is seen later.
+    let at_once = &MODES[..2];
+    tamper_for(at_once, "memory", &|bytes| bytes[0x10_0001] ^= 4, DAMAGED);
     tamper("memory", &|bytes| bytes.truncate(4096), "memory is damaged: it has 4096 bytes instead of 16777216");
     tamper("snapshot.json", &|bytes| bytes.truncate(9), "snapshot.json is damaged");
     let newer = |bytes: &mut Vec<u8>| *bytes = String::from_utf8_lossy(bytes).replacen(": 1,", ": 2,", 1).into_bytes();
@@ -152,18 +160,127 @@ fn what_is_no_snapshot_is_refused_in_a_sentence() {
     assert!(no_url.stderr.contains("write file:// and the absolute path of a directory"), "{}", no_url.stderr);
 }
 
-/// A guest whose memory others see cannot have it copy-on-write, and hears so.
+/// A guest whose memory others see cannot have it copy-on-write or on demand, and hears so.
 #[test]
-fn shared_memory_is_never_copy_on_write() {
+fn shared_memory_is_only_copied() {
     let keep = tempfile::tempdir().unwrap();
     let mut vmm = VmmCommand::tiny().arg("--memory", "size=16M,shared=on").api().spawn();
     vmm.wait_for("tick 00000001");
     let directory: PathBuf = keep.path().join("snapshot");
     save(&mut vmm.client(), &directory);
     drop(vmm);
-    let said = refusal(&directory, "copyonwrite");
-    assert!(said.contains("memory.shared=on") && said.contains("memory_restore_mode=copy"), "{said}");
+    for mode in ["copyonwrite", "ondemand"] {
+        let said = refusal(&directory, mode);
+        assert!(said.contains("memory.shared=on") && said.contains("memory_restore_mode=copy"), "{said}");
+    }
     first_tick(&mut restored(&directory, "copy"));
+}
+
+/// Kilobytes of memory that are the process' own.
+fn own_memory(vmm: &Vmm) -> u32 {
+    let status = fs::read_to_string(format!("/proc/{}/status", vmm.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// A snapshot in `directory` of a guest that has written to all of its 256 MiB.
+fn save_full(directory: &Path) {
+    let command = VmmCommand::tiny();
+    let kernel = command.path("filler");
+    tiny::write_filler(&kernel, 256 << 20);
+    let mut vmm = command.arg("--kernel", kernel).arg("--memory", "size=256M").api().spawn();
+    vmm.wait_for("tick 00000001");
+    save(&mut vmm.client(), directory);
+}
+
+#[test]
+fn on_demand_only_what_the_guest_touches_is_read() {
+    let keep = tempfile::tempdir().unwrap();
+    let [directory, again] = ["snapshot", "again"].map(|name| keep.path().join(name));
+    save_full(&directory);
+    let mut vmm = restored(&directory, "copy");
+    first_tick(&mut vmm);
+    let all = own_memory(&vmm);
+    assert!(all > 254 << 10, "{all} kB: the guest's memory counts");
+    drop(vmm);
+    let mut vmm = restored(&directory, "ondemand");
+    first_tick(&mut vmm);
+    let some = own_memory(&vmm);
+    assert!(some < 16 << 10, "{some} kB of {all}");
+    // A snapshot needs all of it.
+    save(&mut vmm.client(), &again);
+    let all = own_memory(&vmm);
+    assert!(all > 254 << 10, "{all} kB");
+    let sums = |directory: &Path| fs::read(directory.join("memory.sums")).unwrap();
+    let (before, after) = (sums(&directory), sums(&again));
+    assert_eq!(before.len(), after.len());
+    let changed = before.chunks(32).zip(after.chunks(32)).filter(|(before, after)| before != after).count();
+    assert_eq!(changed, 1, "the one with the generation ID");
+}
+
+/// Flips a bit of the byte at `at` of a snapshot's memory.
+fn flip(directory: &Path, at: u64) {
+    let file = fs::File::options().read(true).write(true).open(directory.join("memory")).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 4], at).unwrap();
+}
+
+#[test]
+fn on_demand_damaged_memory_ends_the_machine_when_the_guest_reaches_it() {
+    let keep = tempfile::tempdir().unwrap();
+    let [directory, again] = ["snapshot", "again"].map(|name| keep.path().join(name));
+    save_full(&directory);
+    // What the guest does not touch is of no consequence to it, but to a snapshot.
+    flip(&directory, 0x80_0000);
+    let mut vmm = restored(&directory, "ondemand");
+    first_tick(&mut vmm);
+    let mut client = vmm.client();
+    client.send(&Request::VmPause).unwrap();
+    let refused = client.send(&Request::VmSnapshot(SnapshotConfig { destination_url: url(&again) })).unwrap_err();
+    let sentence = DAMAGED.replace("0x100000", "0x800000");
+    assert!(refused.to_string().contains(&format!("{}/{sentence}", directory.display())), "{refused}");
+    assert!(!again.join("snapshot.json").exists());
+    let last = vmm.text().lines().rev().find_map(tiny::tick).unwrap();
+    client.send(&Request::VmResume).unwrap();
+    while first_tick(&mut vmm) <= last {}
+    client.send(&Request::VmmShutdown).unwrap();
+    vmm.wait().assert_success();
+    // The guest's next instruction.
+    flip(&directory, 0x10_0001);
+    let ended = restored(&directory, "ondemand").wait();
+    let sentence = format!("spectrum-vmm: the machine stopped: {}/{DAMAGED}\n", directory.display());
+    assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(1), sentence.as_str()));
+    assert!(!ended.stdout.contains("tick"), "{}", ended.stdout);
+}
+
+/// A command that runs its arguments without the right to use userfaultfd, after it ran `before`.
+fn without_userfaultfd(before: &str) -> Command {
+    let mut command = Command::new("unshare");
+    let run = format!(r#"{before} && exec setpriv --inh-caps=-sys_ptrace --bounding-set=-sys_ptrace "$@""#);
+    command.args(["--mount", "sh", "-c", &run, "sh"]).arg(tests::programs::program("spectrum-vmm"));
+    command
+}
+
+/// The system call is for the privileged, the device for whoever may open it.
+#[test]
+fn on_demand_needs_a_right_that_is_named() {
+    let keep = tempfile::tempdir().unwrap();
+    let mut vmm = VmmCommand::tiny().api().spawn();
+    vmm.wait_for("tick 00000001");
+    let directory = keep.path().join("snapshot");
+    save(&mut vmm.client(), &directory);
+    drop(vmm);
+    let restore = |launcher| {
+        let from = format!("source_url={},memory_restore_mode=ondemand,resume=true", url(&directory));
+        VmmCommand::new().arg("--restore", from).spawn_as(launcher)
+    };
+    first_tick(&mut restore(without_userfaultfd("test -c /dev/userfaultfd")));
+    let ended = restore(without_userfaultfd("mount --bind /dev/null /dev/userfaultfd")).wait();
+    assert_eq!(ended.status.code(), Some(1));
+    let said = ended.stderr;
+    assert!(said.contains("vm.unprivileged_userfaultfd=1") && said.contains("=copyonwrite"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
 }
 
 /// Answers the guest's calls on port 5000 of `socket`, again and again, for as long as the test runs.

@@ -321,7 +321,7 @@ impl Vmm {
         let Some(created) = &mut self.created else { return Ok(()) };
         created.paused = false;
         let Some(machine) = &created.machine else { return Ok(()) };
-        machine.resume().map_err(|source| BuildError::Host { what: "start a device's thread", source }.into())
+        Ok(machine.resume()?)
     }
 
     fn with_machine(&mut self, paused: bool, act: impl FnOnce(&Machine)) {
@@ -347,6 +347,18 @@ impl Vmm {
         if created.machine.take().is_some() {
             self.event("vm", "shutdown");
         }
+    }
+
+    /// Whether the machine has lost memory. If so it stays as it is until the process ends: stopping it would give zeroes to
+    /// whoever waits for that memory, perhaps a device in the middle of a write to a disk.
+    fn abandon_without_memory(&mut self) -> bool {
+        let machine = self.created.as_mut().and_then(|c| c.machine.take_if(|machine| machine.has_lost_memory()));
+        let lost = machine.is_some();
+        if lost {
+            std::mem::forget(machine);
+            self.event("vm", "shutdown");
+        }
+        lost
     }
 
     fn reboot(&mut self) -> Result<(), VmmError> {
@@ -376,8 +388,9 @@ impl Vmm {
                     }
                 }
                 MachineEvent::Fault(why) => {
+                    let lost = self.abandon_without_memory();
                     self.shut_down();
-                    let why = if self.hypervisor.software_only() { SOFTWARE_ONLY.into() } else { why };
+                    let why = if self.hypervisor.software_only() && !lost { SOFTWARE_ONLY.into() } else { why };
                     self.outcome = Some(Outcome::Failed(format!("the machine stopped: {why}")));
                 }
             }

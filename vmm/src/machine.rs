@@ -13,8 +13,9 @@ use virtio_devices::mapping::Mapping;
 use virtio_devices::transport::PciTransport;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::build::BuildError;
 use crate::plan::Plan;
-use crate::snapshot::{MachineState, SavedDevice, SnapshotError};
+use crate::snapshot::{MachineState, OnDemand, SavedDevice, SnapshotError};
 use crate::vcpu::Vcpus;
 
 /// What a running machine tells its owner.
@@ -36,6 +37,8 @@ pub struct Machine {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) plan: Plan,
     pub(crate) _windows: Vec<Arc<Mutex<Mapping>>>,
+    /// Restores memory while there is somebody who could touch it.
+    pub(crate) ondemand: Option<OnDemand>,
     pub(crate) ram: Memory,
 }
 
@@ -67,23 +70,37 @@ impl Machine {
     /// meanwhile waits, and the guest is running that much sooner.
     ///
     /// # Errors
-    /// If the host has no thread left for a device.
-    pub fn resume(&self) -> io::Result<()> {
+    /// If the host has no thread left for a device, or some of the memory is lost.
+    pub fn resume(&self) -> Result<(), BuildError> {
+        self.ondemand.as_ref().map_or(Ok(()), OnDemand::run)?;
         self.vcpus.run();
-        self.transports.iter().try_for_each(|t| t.resume())
+        let resumed = self.transports.iter().try_for_each(|t| t.resume());
+        resumed.map_err(|source| BuildError::Host { what: "start a device's thread", source })
     }
 
     /// Stops vCPUs, then devices. When this returns nothing changes the machine's state.
     pub fn pause(&self) {
-        self.vcpus.pause();
+        self.vcpus.pause(|| self.release());
         self.transports.iter().for_each(|t| t.pause());
     }
 
-    /// The state of the machine, which is paused.
+    /// No vCPU goes on in the guest, so that whoever waits for memory that is lost may stop waiting.
+    fn release(&self) {
+        self.ondemand.iter().for_each(OnDemand::rest);
+    }
+
+    /// Whether memory was lost that the guest cannot be without.
+    #[must_use]
+    pub fn has_lost_memory(&self) -> bool {
+        self.ondemand.as_ref().is_some_and(|memory| memory.check().is_err())
+    }
+
+    /// The state of the machine, which is paused. All of its memory is there afterwards.
     ///
     /// # Errors
     /// If a part is gone, or cannot be read.
     pub fn save(&self) -> Result<MachineState, SnapshotError> {
+        self.ondemand.as_ref().map_or(Ok(()), OnDemand::load)?;
         let device = |transport: &Arc<PciTransport>| {
             let (state, device) = transport.save().map_err(SnapshotError::Unsaved)?;
             Ok(SavedDevice { id: transport.id().to_owned(), transport: state, device })
@@ -152,7 +169,8 @@ pub(crate) enum InputState {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.vcpus.stop();
+        let ondemand = &self.ondemand;
+        self.vcpus.stop(|| ondemand.iter().for_each(OnDemand::rest));
         self.transports.iter().for_each(|t| t.shut_down());
     }
 }

@@ -162,10 +162,12 @@ impl Vcpus {
         self.shared.changed.notify_all();
     }
 
-    /// Takes all vCPUs out of the guest and returns when they are.
-    pub fn pause(&self) {
+    /// Takes all vCPUs out of the guest and returns when they are. `called` runs when none goes on there any more,
+    /// though some may still wait for something outside.
+    pub fn pause(&self, called: impl FnOnce()) {
         self.want(Wanted::Pause);
         self.kick();
+        called();
         let mut state = self.shared.lock();
         while state.resting < self.threads.len() {
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -196,10 +198,11 @@ impl Vcpus {
         self.want(Wanted::Run);
     }
 
-    /// Ends all vCPU threads.
-    pub fn stop(&mut self) {
+    /// Ends all vCPU threads; `called` as in [`Vcpus::pause`].
+    pub fn stop(&mut self, called: impl FnOnce()) {
         self.want(Wanted::Stop);
         self.kick();
+        called();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("a vCPU's thread panicked");
@@ -210,7 +213,7 @@ impl Vcpus {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
-        self.stop();
+        self.stop(|| {});
     }
 }
 

@@ -53,7 +53,7 @@ pub enum MemoryRestoreMode {
 pub struct RestoreConfig {
     /// `file://` and the absolute path of a snapshot's directory.
     pub source_url: String,
-    /// Read all memory in before the guest runs, whatever the mode.
+    /// Read all memory in, before the guest runs or, on demand, while it does.
     #[serde(default)]
     pub prefault: bool,
     /// How memory is restored.

@@ -22,7 +22,7 @@ use vmm_config::VmConfig;
 use crate::machine::Machine;
 use crate::memory::{self, MemoryError};
 use crate::plan::Plan;
-use crate::snapshot::{MachineState, MemoryFile, SnapshotError};
+use crate::snapshot::{MachineState, MemoryFile, OnDemand, SnapshotError, Source};
 use crate::stream::Stream;
 use crate::vcpu::{Report, ThreadSetup, Vcpus};
 
@@ -84,6 +84,8 @@ pub trait Confinement: Send + Sync {
     fn vcpu(&self) -> ThreadSetup;
     /// What a device's thread does first.
     fn device(&self, kind: &Kind) -> ThreadSetup;
+    /// What the thread that restores memory on demand does first.
+    fn ondemand(&self) -> ThreadSetup;
 }
 
 impl<C: Confinement> Confinement for Arc<C> {
@@ -93,6 +95,10 @@ impl<C: Confinement> Confinement for Arc<C> {
 
     fn device(&self, kind: &Kind) -> ThreadSetup {
         self.as_ref().device(kind)
+    }
+
+    fn ondemand(&self) -> ThreadSetup {
+        self.as_ref().ondemand()
     }
 }
 
@@ -136,6 +142,8 @@ pub enum SavedMemory<'a> {
     Copy(&'a MemoryFile),
     /// The file, which has been verified, is mapped; what the guest writes is its own.
     CopyOnWrite(&'a Arc<File>),
+    /// Each part is read when it is first touched.
+    OnDemand(&'a Source),
 }
 
 /// Builds a machine; it is paused. Memory slots come before the interrupt controller, which is much cheaper that way.
@@ -146,6 +154,12 @@ pub fn build(from: &Ingredients<'_>) -> Result<Machine, BuildError> {
     let plan = from.plan;
     let vm = from.hypervisor.create_vm()?;
     let ram = allocate_ram(from)?;
+    let ondemand = match from.saved.map(|saved| saved.memory) {
+        Some(SavedMemory::OnDemand(source)) => {
+            Some(OnDemand::start(source, &ram, from.confinement.ondemand(), from.report.clone())?)
+        }
+        _ => None,
+    };
     memory::add_ram(vm.as_ref(), &plan.ram, &ram)?;
     let built = devices::build(from, vm.as_ref())?;
     let windows = built.iter().filter_map(|d| d.window.clone()).collect();
@@ -167,13 +181,15 @@ pub fn build(from: &Ingredients<'_>) -> Result<Machine, BuildError> {
     };
     let start = Vcpus::start(vcpus, &Arc::new(buses), &from.confinement.vcpu(), &from.report);
     let vcpus = start.map_err(|source| BuildError::Host { what: "start a vCPU's thread", source })?;
-    Ok(Machine { vcpus, transports, parts, vm, plan: plan.clone(), _windows: windows, ram })
+    // Of what was touched here.
+    ondemand.as_ref().map_or(Ok(()), OnDemand::check)?;
+    Ok(Machine { vcpus, transports, parts, vm, plan: plan.clone(), _windows: windows, ondemand, ram })
 }
 
 fn allocate_ram(from: &Ingredients<'_>) -> Result<Memory, BuildError> {
     let ranges = &from.plan.ram;
     Ok(match from.saved.map(|saved| saved.memory) {
-        None => memory::allocate(ranges, from.config.memory.shared)?,
+        None | Some(SavedMemory::OnDemand(_)) => memory::allocate(ranges, from.config.memory.shared)?,
         Some(SavedMemory::CopyOnWrite(file)) => memory::map_private(ranges, file)?,
         Some(SavedMemory::Copy(file)) => {
             let ram = memory::allocate(ranges, from.config.memory.shared)?;

@@ -12,7 +12,7 @@ use vmm_config::{CloneConfig, ConsoleConfig, MemoryRestoreMode, RestoreConfig, S
 use super::writer::Writer;
 use super::{Created, Vmm, VmmError, no_machine};
 use crate::build::{BuildError, Saved, SavedMemory};
-use crate::snapshot::{Snapshot, SnapshotError, Template};
+use crate::snapshot::{Snapshot, SnapshotError, Source, Template};
 use crate::stream::Stream;
 
 impl Vmm {
@@ -59,7 +59,8 @@ impl Vmm {
         match from.memory_restore_mode {
             MemoryRestoreMode::Copy => self.build_from(snapshot, SavedMemory::Copy(memory)),
             MemoryRestoreMode::OnDemand => {
-                Err(VmmError::State("memory_restore_mode=ondemand is not supported yet; use copyonwrite".into()))
+                let source = Source::new(snapshot, from.prefault)?;
+                self.build_from(snapshot, SavedMemory::OnDemand(&source))
             }
             MemoryRestoreMode::CopyOnWrite => {
                 snapshot.check_copy_on_write()?;

@@ -27,4 +27,8 @@ impl Confinement for Unconfined {
     fn device(&self, _: &Kind) -> ThreadSetup {
         Arc::new(|| Ok(()))
     }
+
+    fn ondemand(&self) -> ThreadSetup {
+        Arc::new(|| Ok(()))
+    }
 }

@@ -11,7 +11,7 @@ use seccompiler::{BpfProgram, apply_filter};
 use virtio_devices::registry::{KINDS, Kind};
 
 use super::program::{Action, Verdict, assemble, for_this_process};
-use super::table::{CLONE, CLONE3, CONTROL, DEVICE, EVERY, REFUSED, Rule, VCPU};
+use super::table::{CLONE, CLONE3, CONTROL, DEVICE, EVERY, ONDEMAND, REFUSED, Rule, VCPU};
 use super::trap;
 use crate::build::Confinement;
 use crate::vcpu::ThreadSetup;
@@ -55,7 +55,7 @@ impl Filters {
     /// If a table names what is no system call.
     pub fn new(mode: Mode) -> Result<Self, SeccompError> {
         let kinds = KINDS.iter().flat_map(|kind| listed(kind));
-        let control = [EVERY, VCPU, DEVICE, CONTROL].into_iter().flatten().copied().chain(kinds);
+        let control = [EVERY, VCPU, DEVICE, ONDEMAND, CONTROL].into_iter().flatten().copied().chain(kinds);
         let vcpu = [EVERY, VCPU].into_iter().flatten().copied();
         Ok(Self {
             mode,
@@ -105,6 +105,17 @@ impl Confinement for Filters {
 
     fn device(&self, kind: &Kind) -> ThreadSetup {
         match self.device_program(kind) {
+            Ok(program) => {
+                let program = for_this_process(&program);
+                Arc::new(move || apply_filter(&program).map_err(io::Error::other))
+            }
+            Err(e) => Arc::new(move || Err(io::Error::other(e.to_string()))),
+        }
+    }
+
+    /// Compiled when it is asked for: a VMM has at most one such thread at a time, most have none.
+    fn ondemand(&self) -> ThreadSetup {
+        match compile(self.mode, [EVERY, ONDEMAND].into_iter().flatten().copied()) {
             Ok(program) => {
                 let program = for_this_process(&program);
                 Arc::new(move || apply_filter(&program).map_err(io::Error::other))
@@ -234,6 +245,11 @@ mod tests {
             "device-ioctl" => on_thread("_rng", filters.device(&virtio_devices::rng::KIND), || {
                 let _ = ioctl(0xae80);
             }),
+            "ondemand-copy" => on_thread("ondemand", filters.ondemand(), || assert_eq!(ioctl(0xc028_aa03), -1)),
+            "ondemand-register" => on_thread("ondemand", filters.ondemand(), || {
+                let _ = ioctl(0xc020_aa00);
+            }),
+            "ondemand-socket" => on_thread("ondemand", filters.ondemand(), socket),
             "fork" => drop(Command::new("/bin/true").status()),
             other => panic!("no scenario {other}"),
         }
@@ -260,6 +276,7 @@ mod tests {
     fn what_is_needed_is_allowed() {
         survives("control");
         survives("vcpu-ioctl");
+        survives("ondemand-copy");
         survives("streams");
         survives("landlock");
     }
@@ -270,6 +287,8 @@ mod tests {
         ends("vcpu-other-ioctl", libc::SYS_ioctl, "vcpu0");
         ends("device-socket", libc::SYS_socket, "_rng");
         ends("device-ioctl", libc::SYS_ioctl, "_rng");
+        ends("ondemand-register", libc::SYS_ioctl, "ondemand");
+        ends("ondemand-socket", libc::SYS_socket, "ondemand");
     }
 
     #[test]
@@ -307,12 +326,12 @@ mod tests {
 
     #[test]
     fn every_row_says_why_and_is_needed() {
-        for list in [VCPU, DEVICE, CONTROL] {
+        for list in [VCPU, DEVICE, ONDEMAND, CONTROL] {
             for rule in list {
                 let everywhere = EVERY.iter().any(|r| r.number == rule.number && r.tests.is_empty());
                 assert!(!everywhere, "call {} is allowed on every thread: {}", rule.number, rule.why);
             }
         }
-        assert!([EVERY, VCPU, DEVICE, CONTROL].into_iter().flatten().all(|rule| !rule.why.is_empty()));
+        assert!([EVERY, VCPU, DEVICE, ONDEMAND, CONTROL].into_iter().flatten().all(|rule| !rule.why.is_empty()));
     }
 }

@@ -40,6 +40,8 @@ macro_rules! ioctl {
 
 /// Group of KVM's commands.
 const KVM: u8 = 0xae;
+/// Group of userfaultfd's commands.
+const USERFAULTFD: u8 = 0xaa;
 /// Group of terminals' commands.
 const TERMINAL: u8 = b'T';
 const ALL: u32 = u32::MAX;
@@ -112,6 +114,16 @@ pub(super) const DEVICE: &[Rule] = &[
     always(libc::SYS_epoll_wait, "the worker's loop"),
 ];
 
+/// On the thread that restores memory on demand.
+pub(super) const ONDEMAND: &[Rule] = &[
+    always(libc::SYS_ppoll, "wait for page faults"),
+    #[cfg(target_arch = "x86_64")]
+    always(libc::SYS_poll, "wait for page faults"),
+    always(libc::SYS_pread64, "read the snapshot's memory"),
+    ioctl!(USERFAULTFD, 0x03, "UFFDIO_COPY: fill pages"),
+    ioctl!(USERFAULTFD, 0x04, "UFFDIO_ZEROPAGE: fill pages"),
+];
+
 /// A call that makes threads; a device kind whose thread does that lists it.
 pub(super) const CLONE: Rule = when(libc::SYS_clone, &[Test::Masked(0, THREAD, THREAD)], "threads, never processes");
 
@@ -131,6 +143,9 @@ pub(super) const CONTROL: &[Rule] = &[
     always(libc::SYS_landlock_add_rule, "confine the process to files"),
     always(libc::SYS_landlock_restrict_self, "confine the process to files"),
     when(libc::SYS_ioctl, &[Test::Masked(1, 0xff00, (KVM as u32) << 8)], "all of KVM's: build a machine"),
+    always(libc::SYS_userfaultfd, "restore memory on demand"),
+    ioctl!(USERFAULTFD, 0x3f, "UFFDIO_API: restore memory on demand"),
+    ioctl!(USERFAULTFD, 0x00, "UFFDIO_REGISTER, and USERFAULTFD_IOC_NEW of the device: restore memory on demand"),
     ioctl!(TERMINAL, 0x01, "TCGETS: is it a terminal?"),
     ioctl!(TERMINAL, 0x2a, "TCGETS2: is it a terminal?"),
     ioctl!(TERMINAL, 0x13, "TIOCGWINSZ: the terminal's size"),

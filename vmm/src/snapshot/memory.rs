@@ -24,10 +24,21 @@ const ZEROES: Sum = [0; blake3::OUT_LEN];
 /// A part of RAM that has a hash of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Chunk {
-    guest: u64,
+    /// Where it is in the guest's physical memory.
+    pub guest: u64,
     /// Where it is in the file.
     pub offset: u64,
-    len: usize,
+    /// Bytes.
+    pub len: usize,
+}
+
+impl Chunk {
+    /// The chunk with byte `at` of a range that is at `base` in the file.
+    fn of(range: &PlannedRam, base: u64, at: u64) -> Self {
+        let start = at / CHUNK * CHUNK;
+        let len = usize::try_from((range.len - start).min(CHUNK)).unwrap_or(0);
+        Self { guest: range.start + start, offset: base + start, len }
+    }
 }
 
 /// The chunks of RAM in the order of the file. No chunk is in two ranges.
@@ -36,11 +47,7 @@ fn chunks(ram: &[PlannedRam]) -> impl Iterator<Item = Chunk> {
     ram.iter().flat_map(move |range| {
         let base = start;
         start = start.saturating_add(range.len);
-        (0..range.len.div_ceil(CHUNK)).map(move |i| {
-            let at = i * CHUNK;
-            let len = usize::try_from((range.len - at).min(CHUNK)).unwrap_or(0);
-            Chunk { guest: range.start + at, offset: base + at, len }
-        })
+        (0..range.len.div_ceil(CHUNK)).map(move |i| Chunk::of(range, base, i * CHUNK))
     })
 }
 
@@ -131,13 +138,65 @@ impl MemoryFile {
                 self.file.read_exact_at(part, chunk.offset).map_err(file_error("read", &self.path))?;
             }
             if *expected != if hole { ZEROES } else { sum(part) } {
-                return Err(damaged(&self.path, format!("the bytes at {:#x} are not what was written", chunk.offset)));
+                return Err(self.damaged(chunk));
             }
             if *expected != ZEROES {
                 take(chunk, part).map_err(file_error("restore memory from", &self.path))?;
             }
         }
         Ok(())
+    }
+
+    fn damaged(&self, chunk: Chunk) -> SnapshotError {
+        damaged(&self.path, format!("the bytes at {:#x} are not what was written", chunk.offset))
+    }
+
+    /// How many chunks there are.
+    pub(super) fn chunks(&self) -> usize {
+        self.sums.len()
+    }
+
+    /// The number of the chunk with the guest's address `guest`, unless that is no RAM.
+    pub(super) fn chunk_at(&self, guest: u64) -> Option<usize> {
+        let mut first = 0u64;
+        for range in &self.ram {
+            match guest.checked_sub(range.start) {
+                Some(at) if at < range.len => return usize::try_from(first + at / CHUNK).ok(),
+                _ => first += range.len.div_ceil(CHUNK),
+            }
+        }
+        None
+    }
+
+    /// Chunk number `number`.
+    fn chunk(&self, number: usize) -> Option<Chunk> {
+        let (mut left, mut base) = (number as u64, 0);
+        for range in &self.ram {
+            let count = range.len.div_ceil(CHUNK);
+            if left < count {
+                return Some(Chunk::of(range, base, left * CHUNK));
+            }
+            left -= count;
+            base += range.len;
+        }
+        None
+    }
+
+    /// Reads chunk number `number` into `buffer` and compares its hash; no bytes if they are all zeroes, for which the
+    /// hash is enough.
+    pub(super) fn load<'b>(
+        &self,
+        number: usize,
+        buffer: &'b mut [u8],
+    ) -> Result<(Chunk, Option<&'b [u8]>), SnapshotError> {
+        let found = self.chunk(number).zip(self.sums.get(number));
+        let (chunk, expected) = found.ok_or_else(|| damaged(&self.path, format!("it has no chunk {number}")))?;
+        if *expected == ZEROES {
+            return Ok((chunk, None));
+        }
+        let part = buffer.get_mut(..chunk.len).unwrap_or_default();
+        self.file.read_exact_at(part, chunk.offset).map_err(file_error("read", &self.path))?;
+        if *expected != sum(part) { Err(self.damaged(chunk)) } else { Ok((chunk, Some(part))) }
     }
 
     /// Where the first data at or after `offset` is; beyond every offset if there is none.
@@ -178,6 +237,24 @@ mod tests {
         let second = CHUNK + 4096;
         assert_eq!(all, [(0, 0, CHUNK), (CHUNK, CHUNK, 4096), (1 << 32, second, CHUNK)]);
         assert_eq!(chunks(&[]).count(), 0);
+    }
+
+    #[test]
+    fn chunks_are_found_by_address_and_number() {
+        let range = |start, len| PlannedRam { start, len, slot: 0 };
+        let ram = vec![range(0, CHUNK + 4096), range(1 << 32, 2 * CHUNK)];
+        let file = File::open("/dev/null").unwrap();
+        let memory = MemoryFile { file, path: PathBuf::new(), sums: vec![ZEROES; 4], ram: ram.clone() };
+        for (number, chunk) in chunks(&ram).enumerate() {
+            assert_eq!(memory.chunk(number), Some(chunk));
+            for at in [0, 1, chunk.len as u64 - 1] {
+                assert_eq!(memory.chunk_at(chunk.guest + at), Some(number));
+            }
+        }
+        assert_eq!((memory.chunk(4), memory.chunks()), (None, 4));
+        for none in [CHUNK + 4096, (1 << 32) - 1, (1 << 32) + 2 * CHUNK, u64::MAX] {
+            assert_eq!(memory.chunk_at(none), None);
+        }
     }
 
     #[test]

@@ -11,20 +11,25 @@
 
 mod manifest;
 mod memory;
+mod ondemand;
 mod state;
 mod template;
+mod uffd;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use arch::cpuid::CpuidEntry;
 use vmm_config::{JsonError, VmConfig};
 
 use manifest::{FileSum, Manifest};
 pub use memory::MemoryFile;
+pub use ondemand::{OnDemand, Source};
 pub use state::{MachineState, SavedDevice};
 pub use template::Template;
+pub use uffd::UffdError;
 use virtio_devices::device::Memory;
 
 /// The version of the format that is written and read.
@@ -97,6 +102,15 @@ pub enum SnapshotError {
     /// Guest memory has to be a machine's own.
     #[error("guest memory cannot be copy-on-write: {0}; restore it with memory_restore_mode=copy")]
     NotCopyOnWrite(&'static str),
+    /// Guest memory has to be there at once.
+    #[error("guest memory cannot be restored on demand: {0}; restore it with memory_restore_mode=copy")]
+    NotOnDemand(&'static str),
+    /// Page faults cannot be served.
+    #[error(transparent)]
+    Uffd(#[from] UffdError),
+    /// Memory that was to be restored on demand cannot be had.
+    #[error("{0}")]
+    Lost(String),
     /// The machine cannot be saved as it is.
     #[error("{0}")]
     Unsaved(String),
@@ -118,7 +132,7 @@ pub struct Snapshot {
     /// What it was in the middle of.
     pub state: MachineState,
     /// Guest RAM.
-    pub memory: MemoryFile,
+    pub memory: Arc<MemoryFile>,
 }
 
 impl Snapshot {
@@ -136,7 +150,7 @@ impl Snapshot {
         let state = MachineState::from_bytes(&bytes).map_err(|what| damaged(&path, what))?;
         state.check(&config).map_err(|what| damaged(&path, what))?;
         let sums = read_verified(&directory.join(SUMS), &manifest.memory_sums, MAX_SUMS)?;
-        let memory = MemoryFile::open(directory.join(MEMORY), &sums, &state.plan.ram)?;
+        let memory = Arc::new(MemoryFile::open(directory.join(MEMORY), &sums, &state.plan.ram)?);
         Ok(Self { config, state, memory })
     }
 
