@@ -15,7 +15,8 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 /// Page size of all supported hosts' base pages, in bytes.
-pub const PAGE_SIZE: u64 = 4096;
+pub const PAGE_SIZE: u64 = PAGE as u64;
+const PAGE: usize = 4096;
 
 /// How a file is mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,7 +153,7 @@ impl Mapping {
         let first = self.host_address() + start as u64;
         let pagemap = File::open("/proc/self/pagemap")?;
         let memory = File::open("/proc/self/mem")?;
-        let (mut now, mut then) = ([0; PAGE_SIZE as usize], [0; PAGE_SIZE as usize]);
+        let (mut now, mut then) = ([0; PAGE], [0; PAGE]);
         let mut entries = vec![0; 64 << 10];
         let end = offset + size as u64;
         let mut at = offset;
