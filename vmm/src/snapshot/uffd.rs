@@ -257,6 +257,7 @@ impl AsFd for Missing {
 mod tests {
     use std::sync::mpsc::channel;
     use std::thread;
+    use std::time::Duration;
 
     use rustix::event::{PollFd, PollFlags, poll};
     use vm_memory::Bytes;
@@ -309,7 +310,11 @@ mod tests {
         missing.fill(GuestAddress(0), &[3; LEN]).unwrap();
         missing.fill(GuestAddress(0), &[4; LEN]).unwrap();
         missing.fill_zeroes(GuestAddress(0), LEN as u64).unwrap();
-        let bytes: Vec<u8> = (0..16).map(|page| memory.read_obj(GuestAddress(page * 4096)).unwrap()).collect();
+        // Who reads what is missing after all would wait for ever.
+        let (sender, receiver) = channel();
+        let read = move || (0..16).map(|page| memory.read_obj(GuestAddress(page * 4096)).unwrap()).collect::<Vec<u8>>();
+        thread::spawn(move || sender.send(read()));
+        let bytes = receiver.recv_timeout(Duration::from_secs(60)).unwrap();
         assert_eq!(bytes, [3, 3, 3, 1, 3, 0, 3, 3, 3, 3, 3, 3, 3, 3, 2, 2]);
     }
 

@@ -14,6 +14,8 @@ use crate::memory as ram;
 use crate::plan::PlannedRam;
 use crate::snapshot::memory;
 
+/// After this long somebody waits for ever.
+const HANG: Duration = Duration::from_secs(60);
 const HIGH: u64 = 1 << 32;
 /// Two chunks and a page; the second chunk is zeroes.
 const LOW_LEN: u64 = 2 * CHUNK + PAGE;
@@ -142,13 +144,13 @@ fn who_touches_damaged_memory_waits_until_no_guest_runs() {
     restored.change(SECOND_HIGH);
     restored.ondemand.run().unwrap();
     let found = restored.read_aside(HIGH + CHUNK + 8);
-    assert_eq!(restored.told.recv().unwrap(), MachineEvent::Fault(restored.sentence()));
+    assert_eq!(restored.told.recv_timeout(HANG).unwrap(), MachineEvent::Fault(restored.sentence()));
     // The rest is served as ever, and nothing is said twice.
     let too = restored.read_aside(HIGH + CHUNK + PAGE);
     assert_eq!(restored.now.read_obj::<u64>(GuestAddress(HIGH)).unwrap(), HIGH + 1);
     assert!(found.try_recv().is_err() && too.try_recv().is_err());
     restored.ondemand.rest();
-    assert_eq!((found.recv().unwrap(), too.recv().unwrap()), (0, 0));
+    assert_eq!((found.recv_timeout(HANG).unwrap(), too.recv_timeout(HANG).unwrap()), (0, 0));
     // Also who comes later; no guest runs with that.
     assert_eq!(restored.now.read_obj::<u64>(GuestAddress(HIGH + CHUNK + 2 * PAGE)).unwrap(), 0);
     for refused in [restored.ondemand.run(), restored.ondemand.check(), restored.ondemand.load()] {
@@ -174,11 +176,11 @@ fn memory_that_cannot_be_read_is_named() {
     File::create(restored.directory.path().join("memory")).unwrap();
     restored.ondemand.run().unwrap();
     let found = restored.read_aside(0);
-    let MachineEvent::Fault(why) = restored.told.recv().unwrap() else { panic!("no fault") };
+    let MachineEvent::Fault(why) = restored.told.recv_timeout(HANG).unwrap() else { panic!("no fault") };
     assert!(why.contains("cannot read") && why.contains("/memory: "), "{why}");
     // The machine is dropped; there was no pause before.
     drop(restored.ondemand);
-    assert_eq!(found.recv().unwrap(), 0);
+    assert_eq!(found.recv_timeout(HANG).unwrap(), 0);
 }
 
 #[test]
@@ -202,7 +204,7 @@ fn all_of_it_can_be_loaded() {
 #[test]
 fn all_of_it_comes_in_the_background() {
     let restored = Restored::new(true);
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + HANG;
     // There is no event for it.
     while restored.present() < PAGES {
         assert!(Instant::now() < deadline, "{} pages", restored.present());
