@@ -7,6 +7,7 @@
 //! * [`tiny`] is a guest of a few bytes for tests that need a running machine and no Linux.
 //! * [`desktop`] is a headless compositor, and applications in VMs of their own on it.
 //! * [`agent`] is a VM of the template whose agent the test speaks to itself.
+//! * [`zygote`] makes clones, and ends them.
 //! * [`curl`] asks the API as people do by hand.
 //!
 //! Nothing here sleeps: every wait is for text, for the end of a process or for an answer, with a time-out that only a
@@ -20,6 +21,7 @@ mod output;
 pub mod programs;
 pub mod tiny;
 mod vmm;
+pub mod zygote;
 
 use std::time::Duration;
 

@@ -6,9 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
-use tests::{Vmm, VmmCommand, tiny};
+use rustix::process::{Pid, Signal, kill_process};
+use tests::{VmmCommand, tiny, zygote};
 use vmm_api::{Client, Request};
 use vmm_config::{CloneConfig, SnapshotConfig};
 
@@ -22,16 +21,6 @@ fn counter(directory: &Path) {
     client.send(&Request::VmSnapshot(to)).unwrap();
 }
 
-/// A zygote for the snapshot in `directory`, and a connection to it.
-fn zygote(directory: &Path) -> (Vmm, Client) {
-    let command = VmmCommand::new();
-    let socket = command.path("api");
-    let flag = format!("source_url=file://{},socket={}", directory.display(), socket.display());
-    let mut zygote = command.arg("--zygote", flag).spawn();
-    let client = zygote.client();
-    (zygote, client)
-}
-
 /// A clone whose serial port is a pipe, and the end to read.
 fn clone(client: &mut Client, config: CloneConfig) -> (Pid, BufReader<File>) {
     let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
@@ -39,14 +28,6 @@ fn clone(client: &mut Client, config: CloneConfig) -> (Pid, BufReader<File>) {
     fds.push("serial".into());
     let info = client.clone_vm(CloneConfig { fds, ..config }, &[write.as_fd()]).unwrap();
     (Pid::from_raw(i32::try_from(info.pid).unwrap()).unwrap(), BufReader::new(File::from(read)))
-}
-
-/// Kills a clone and waits until it is gone.
-fn end(pid: Pid) {
-    let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
-    kill_process(pid, Signal::KILL).unwrap();
-    let mut gone = [PollFd::new(&process, PollFlags::IN)];
-    poll(&mut gone, None).unwrap();
 }
 
 fn first_tick(output: &mut BufReader<File>) -> u32 {
@@ -63,7 +44,7 @@ fn clones_go_on_each_for_itself() {
     let keep = tempfile::tempdir().unwrap();
     let directory = keep.path().join("snapshot");
     counter(&directory);
-    let (zygote, mut client) = zygote(&directory);
+    let (zygote, mut client) = zygote::start(&directory);
     let (one, mut a) = clone(&mut client, CloneConfig::default());
     let (two, mut b) = clone(&mut client, CloneConfig::default());
     assert_ne!(one, two);
@@ -93,7 +74,7 @@ fn a_clone_has_its_own_api() {
     let keep = tempfile::tempdir().unwrap();
     let directory = keep.path().join("snapshot");
     counter(&directory);
-    let (_zygote, mut client) = zygote(&directory);
+    let (_zygote, mut client) = zygote::start(&directory);
     let (socket, path) = {
         let path = keep.path().join("clone-api");
         (OwnedFd::from(UnixListener::bind(&path).unwrap()), path)
@@ -110,7 +91,7 @@ fn a_clone_has_its_own_api() {
     let to = SnapshotConfig { destination_url: format!("file://{}", again.display()) };
     own.send(&Request::VmSnapshot(to)).unwrap();
     own.send(&Request::VmmShutdown).unwrap();
-    let (_other, mut other) = zygote(&again);
+    let (_other, mut other) = zygote::start(&again);
     let (pid, mut output) = clone(&mut other, CloneConfig::default());
     first_tick(&mut output);
     kill_process(pid, Signal::KILL).unwrap();
@@ -121,7 +102,7 @@ fn requests_that_make_no_sense_are_refused() {
     let keep = tempfile::tempdir().unwrap();
     let directory = keep.path().join("snapshot");
     counter(&directory);
-    let (zygote, mut client) = zygote(&directory);
+    let (zygote, mut client) = zygote::start(&directory);
     let null = File::open("/dev/null").unwrap();
     let mut refusal = |names: &[&str], fds: usize| {
         let config = CloneConfig { fds: names.iter().map(ToString::to_string).collect(), ..CloneConfig::default() };
@@ -142,7 +123,7 @@ fn a_thousand_clones_leave_nothing_behind() {
     let keep = tempfile::tempdir().unwrap();
     let directory = keep.path().join("snapshot");
     counter(&directory);
-    let (zygote, mut client) = zygote(&directory);
+    let (zygote, mut client) = zygote::start(&directory);
     let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", zygote.pid())).unwrap().count();
     let memory = || -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", zygote.pid())).unwrap();
@@ -153,7 +134,7 @@ fn a_thousand_clones_leave_nothing_behind() {
     for round in 0..1000 {
         let (pid, mut output) = clone(&mut client, CloneConfig::default());
         first_tick(&mut output);
-        end(pid);
+        zygote::end(pid);
         if round == 20 {
             before = Some((descriptors(), memory()));
         }
@@ -161,6 +142,5 @@ fn a_thousand_clones_leave_nothing_behind() {
     let (fds, kib) = before.unwrap();
     assert_eq!(descriptors(), fds);
     assert!(memory() <= kib + 64, "{} KiB after {kib}", memory());
-    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", zygote.pid())).unwrap();
-    assert_eq!(children.trim(), "", "processes are left");
+    assert_eq!(zygote::children(&zygote), "", "processes are left");
 }
