@@ -319,9 +319,10 @@ impl Vmm {
 
     fn resume(&mut self) -> Result<(), VmmError> {
         let Some(created) = &mut self.created else { return Ok(()) };
-        created.paused = false;
         let Some(machine) = &created.machine else { return Ok(()) };
-        Ok(machine.resume()?)
+        machine.resume()?;
+        created.paused = false;
+        Ok(())
     }
 
     fn with_machine(&mut self, paused: bool, act: impl FnOnce(&Machine)) {
@@ -399,7 +400,7 @@ impl Vmm {
 }
 
 fn no_machine() -> VmmError {
-    VmmError::State("there is no machine to boot".into())
+    VmmError::State("there is no machine".into())
 }
 
 fn failure(error: &VmmError) -> Failure {

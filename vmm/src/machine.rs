@@ -70,12 +70,15 @@ impl Machine {
     /// meanwhile waits, and the guest is running that much sooner.
     ///
     /// # Errors
-    /// If the host has no thread left for a device, or some of the memory is lost.
+    /// If the host has no thread left for a device, or some of the memory is lost; the machine is paused then.
     pub fn resume(&self) -> Result<(), BuildError> {
         self.ondemand.as_ref().map_or(Ok(()), OnDemand::run)?;
         self.vcpus.run();
         let resumed = self.transports.iter().try_for_each(|t| t.resume());
-        resumed.map_err(|source| BuildError::Host { what: "start a device's thread", source })
+        resumed.map_err(|source| {
+            self.pause();
+            BuildError::Host { what: "start a device's thread", source }
+        })
     }
 
     /// Stops vCPUs, then devices. When this returns nothing changes the machine's state.

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::panic::AssertUnwindSafe;
 
 /// Runs `child` in a process of its own, which ends with the status that it returns; the process id of that. The child has
 /// the calling thread only. What the others were in the middle of stays so for ever: either there are none
@@ -13,16 +14,35 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// If the system refuses.
 pub fn fork(child: impl FnOnce() -> u8) -> io::Result<u32> {
     // SAFETY: the child calls nothing that needs another thread or a lock that one may hold, as the caller promised, and
-    // never returns to it: nothing of the caller's is dropped twice.
+    // never returns to it, nor unwinds into it: nothing of the caller's is dropped twice.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            let status = i32::from(child());
+            // What the parent does about a panic needs the parent.
+            drop(std::panic::take_hook());
+            let status = std::panic::catch_unwind(AssertUnwindSafe(child)).map_or(PANICKED, i32::from);
             // SAFETY: it ends the process. Functions registered for its exit are the parent's to run.
             unsafe { libc::_exit(status) }
         }
         pid => u32::try_from(pid).map_err(io::Error::other),
     }
+}
+
+/// The status of a child that panicked: that of Rust's programs.
+const PANICKED: i32 = 101;
+
+/// Signals that ask to end do so again, without telling the parent.
+///
+/// # Errors
+/// If the system refuses.
+pub fn forget_signals() -> io::Result<()> {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: no handler is installed.
+        if unsafe { libc::signal(signal, libc::SIG_DFL) } == libc::SIG_ERR {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// Whether this process has one thread.
@@ -50,17 +70,23 @@ pub fn never_wait_for_children() -> io::Result<()> {
 
 /// Closes all descriptors of this process but the standard streams and those in `keep`. Only for a child that has just
 /// been made and will never touch, nor drop, what it has inherited of its parent's objects beside those.
-pub fn close_all_but(keep: &[BorrowedFd<'_>]) {
+///
+/// # Errors
+/// If the system cannot: Linux 5.9 or newer is needed.
+pub fn close_all_but(keep: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(fd.as_raw_fd()).ok()).collect();
     keep.sort_unstable();
     let mut first = 3;
     for fd in keep.into_iter().chain([u32::MAX]) {
         if let Some(last) = fd.checked_sub(1).filter(|last| *last >= first) {
             // SAFETY: the owners of these descriptors are objects that the child promised not to touch.
-            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+            if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
         }
         first = fd.saturating_add(1).max(first);
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -84,7 +110,7 @@ mod tests {
         let (mut ours, mut theirs) = UnixStream::pair().unwrap();
         let (closed, kept) = (File::open("/dev/null").unwrap(), File::open("/dev/zero").unwrap());
         fork(|| {
-            close_all_but(&[theirs.as_fd(), kept.as_fd()]);
+            close_all_but(&[theirs.as_fd(), kept.as_fd()]).unwrap();
             let open = |fd: &File| rustix::io::fcntl_getfd(fd).is_ok();
             theirs.write_all(&[u8::from(open(&closed)), u8::from(open(&kept)), 7]).unwrap();
             0

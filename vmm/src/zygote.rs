@@ -8,6 +8,7 @@
 //! only. A clone is a process like any other VMM, with its own sockets, which whoever asked for it hands in.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -37,8 +38,8 @@ pub struct Zygote {
     confine: Box<Confine>,
     /// What a clone does beside running its machine, such as ending on signals.
     prepare: fn(&mut Vmm) -> Result<(), Failed>,
-    /// Descriptors that belong to the whole process, such as the log's.
-    keep: Vec<OwnedFd>,
+    /// Descriptors that belong to the whole process: the log's.
+    keep: Option<&'static File>,
     /// Where something arrives when the zygote is asked to end, and what makes it.
     signals: (UnixStream, Vec<SigId>),
 }
@@ -60,7 +61,7 @@ impl Zygote {
         renderer: fn() -> Box<dyn RendererFactory>,
         confine: Box<Confine>,
         prepare: fn(&mut Vmm) -> Result<(), Failed>,
-        keep: Vec<OwnedFd>,
+        keep: Option<&'static File>,
     ) -> Result<Self, VmmError> {
         let directory = from.directory().ok_or_else(|| SnapshotError::Url(from.source_url.clone()))?;
         let snapshot = Snapshot::open(directory)?;
@@ -116,7 +117,11 @@ impl Zygote {
     fn clone_machine(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> Response {
         let fail = |why: String| Failure::Other(vec![why]);
         self.check(config, &fds).map_err(fail)?;
-        let pid = process::fork(|| self.be_clone(config, fds)).map_err(|e| fail(format!("cannot fork: {e}")))?;
+        // Before anybody knows its process id, a clone takes signals to be its own.
+        let pid = process::fork(|| {
+            self.signals.1.iter().for_each(|id| drop(signal_hook::low_level::unregister(*id)));
+            if process::forget_signals().is_err() { 1 } else { self.be_clone(config, fds) }
+        }).map_err(|e| fail(format!("cannot fork: {e}")))?;
         Ok(Reply::Cloned(CloneInfo { pid: pid.into() }))
     }
 
@@ -140,14 +145,11 @@ impl Zygote {
 
     /// What a child does from the fork to its end.
     fn be_clone(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> u8 {
-        // The zygote's, which would be told of the clone's.
-        for id in &self.signals.1 {
-            signal_hook::low_level::unregister(*id);
-        }
         let keep =
             fds.iter().map(AsFd::as_fd).chain(self.hypervisor.descriptor()).chain([self.template.memory.as_fd()]);
-        process::close_all_but(&keep.chain(self.keep.iter().map(AsFd::as_fd)).collect::<Vec<_>>());
-        let why = match self.run_clone(config, fds) {
+        let keep: Vec<_> = keep.chain(self.keep.iter().map(AsFd::as_fd)).collect();
+        let closed = process::close_all_but(&keep).map_err(Failed::from);
+        let why = match closed.and_then(|()| self.run_clone(config, fds)) {
             Ok(Outcome::Ended) => return 0,
             Ok(Outcome::Failed(why)) => why,
             Err(e) => e.to_string(),
@@ -160,9 +162,9 @@ impl Zygote {
         let mut handed: BTreeMap<String, OwnedFd> = config.fds.iter().cloned().zip(fds).collect();
         let server = handed.remove("api").map(Server::from_listener).transpose()?;
         let mut vmm = Vmm::new(self.hypervisor.clone(), (self.renderer)(), (self.confine)()?)?;
+        (self.prepare)(&mut vmm)?;
         vmm.clone_of(&self.template, config, handed)?;
         // The guest runs. What it does not need for that comes now.
-        (self.prepare)(&mut vmm)?;
         if let Some(server) = server {
             vmm.serve(server);
         }

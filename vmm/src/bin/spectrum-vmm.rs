@@ -1,6 +1,7 @@
 //! `spectrum-vmm`: one virtual machine, with Cloud Hypervisor's flags and API.
 
 use std::error::Error;
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -51,7 +52,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
     // First of all: what is opened here must not be taken for what the parent handed down.
     let (api, events) = (take(cli.api_socket.as_ref())?, take(cli.event_monitor.as_ref())?);
-    start_logging(cli)?;
+    let log = start_logging(cli)?;
     raise_descriptor_limit();
     let server = match (&cli.api_socket, api) {
         (Some(Endpoint::Path(path)), _) => Some(Server::bind(path)?),
@@ -67,7 +68,7 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         _ => None,
     };
     if let Some(zygote) = &cli.zygote {
-        return be_zygote(cli, zygote);
+        return be_zygote(cli, zygote, log);
     }
     let (kvm, signals) = (Arc::new(Kvm::open()?), signals()?);
     let mut vmm = Vmm::new(kvm, Box::new(RutabagaFactory), confine(cli.seccomp)?)?;
@@ -93,7 +94,7 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
 }
 
 /// Makes clones until told to end; each of them is a VMM of its own.
-fn be_zygote(cli: &Cli, config: &ZygoteConfig) -> Result<Outcome, Box<dyn Error>> {
+fn be_zygote(cli: &Cli, config: &ZygoteConfig, log: Option<&'static File>) -> Result<Outcome, Box<dyn Error>> {
     // Compiled once, for all clones.
     let filters = match mode(cli.seccomp) {
         Some(mode) => {
@@ -121,7 +122,7 @@ fn be_zygote(cli: &Cli, config: &ZygoteConfig) -> Result<Outcome, Box<dyn Error>
             None => Ok(Box::new(Unconfined)),
         }),
         prepare,
-        Vec::new(),
+        log,
     )?;
     zygote.run(server)?;
     Ok(Outcome::Ended)
@@ -168,15 +169,20 @@ fn signals() -> io::Result<UnixStream> {
     Ok(read)
 }
 
-fn start_logging(cli: &Cli) -> io::Result<()> {
+/// Starts the log; the file it goes to, if it goes to one.
+fn start_logging(cli: &Cli) -> io::Result<Option<&'static File>> {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(cli.log_level()).format_timestamp_micros();
+    let mut log = None;
     if let Some(path) = &cli.log_file {
         let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
         let file =
             file.map_err(|e| io::Error::new(e.kind(), format!("cannot write the log {}: {e}", path.display())))?;
+        // It is there for as long as the process.
+        let file: &'static File = Box::leak(Box::new(file));
         builder.target(env_logger::Target::Pipe(Box::new(file)));
+        log = Some(file);
     }
     builder.init();
-    Ok(())
+    Ok(log)
 }

@@ -11,8 +11,8 @@ use vmm_config::{CloneConfig, ConsoleConfig, MemoryRestoreMode, RestoreConfig, S
 
 use super::writer::Writer;
 use super::{Created, Vmm, VmmError, no_machine};
-use crate::build::{BuildError, Saved, SavedMemory};
-use crate::snapshot::{Snapshot, SnapshotError, Source, Template};
+use crate::build::{Saved, SavedMemory};
+use crate::snapshot::{Destination, Snapshot, SnapshotError, Source, Template};
 use crate::stream::Stream;
 
 impl Vmm {
@@ -26,7 +26,7 @@ impl Vmm {
         let created = self.created.as_ref().filter(|created| created.paused);
         let machine = created.and_then(|created| created.machine.as_ref().map(|machine| (&created.config, machine)));
         let (config, machine) = machine.ok_or_else(|| VmmError::State("there is no paused machine to save".into()))?;
-        Snapshot::write(directory, config, &machine.save()?, machine.ram())?;
+        Destination::open(directory)?.write(config, &machine.save()?, machine.ram())?;
         self.event("vm", "snapshotted");
         Ok(())
     }
@@ -42,13 +42,13 @@ impl Vmm {
         snapshot.check_cpu(&self.hypervisor.capabilities().cpuid)?;
         self.create(snapshot.config.clone())?;
         let result = self.build_saved(&snapshot, from);
+        let result = result.and_then(|()| if from.resume { self.resume() } else { Ok(()) });
         if result.is_err() {
             self.created = None;
             return result;
         }
         self.event("vm", "restored");
         if from.resume {
-            self.resume()?;
             self.event("vm", "resumed");
         }
         Ok(())
@@ -119,22 +119,28 @@ impl Vmm {
         }
         let created = self.created.as_ref().ok_or_else(no_machine)?;
         let machine = created.machine.as_ref().ok_or_else(no_machine)?;
+        if created.config.memory.shared {
+            return Err(not_now("memory.shared=on leaves no copy of the memory as it is now: pause the machine and save it"));
+        }
         if let Some(file) = written_by_guest(&created.config) {
             let why =
                 format!("{} goes on changing and would not fit: pause the machine and save it then", file.display());
             return Err(VmmError::State(why));
         }
-        Snapshot::prepare(directory)?;
+        let destination = Destination::open(directory)?;
         let start = Instant::now();
         machine.pause();
         let forked = machine.save().map_err(VmmError::from).and_then(|state| {
-            let write = || Snapshot::write(directory, &created.config, &state, machine.ram());
-            Writer::start(write).map_err(|e| not_now(&format!("cannot fork: {e}")))
+            Writer::start(destination, |to| to.write(&created.config, &state, machine.ram())).map_err(|e| not_now(&format!("cannot fork: {e}")))
         });
-        machine.resume().map_err(|source| BuildError::Host { what: "start a device's thread", source })?;
+        let resumed = machine.resume();
         let paused_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        if let Some(created) = self.created.as_mut().filter(|_| resumed.is_err()) {
+            created.paused = true;
+        }
         self.writer = Some(forked?);
         self.event("vm", "snapshotting");
+        resumed?;
         Ok(ForkInfo { paused_us })
     }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::process::{Pid, WaitOptions, waitpid};
 
 use crate::process;
-use crate::snapshot::SnapshotError;
+use crate::snapshot::{Destination, SnapshotError};
 
 /// The most bytes of what it says.
 const MAX_SENTENCE: usize = 4096;
@@ -21,11 +21,16 @@ pub(super) struct Writer {
 impl Writer {
     /// Forks this process; the child does `write` and nothing else. All other threads that hold locks must rest: `write`
     /// takes none but the allocator's.
-    pub fn start(write: impl FnOnce() -> Result<(), SnapshotError>) -> io::Result<Self> {
+    pub fn start(
+        to: Destination,
+        write: impl FnOnce(Destination) -> Result<(), SnapshotError>,
+    ) -> io::Result<Self> {
         let (says, mut tell) = io::pipe()?;
         let pid = process::fork(|| {
-            process::close_all_but(&[tell.as_fd()]);
-            let sentence = write().err().map_or_else(String::new, |e| e.to_string());
+            if process::forget_signals().and_then(|()| process::close_all_but(&[tell.as_fd(), to.as_fd()])).is_err() {
+                return 1;
+            }
+            let sentence = write(to).err().map_or_else(String::new, |e| e.to_string());
             u8::from(tell.write_all(format!("{sentence}\n").as_bytes()).is_err())
         })?;
         Ok(Self { pid: i32::try_from(pid).ok().and_then(Pid::from_raw), says, said: Vec::new() })

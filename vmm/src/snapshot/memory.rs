@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use virtio_devices::device::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{SnapshotError, damaged, file_error};
+use super::{SnapshotError, damaged, file_error, open_file};
 use crate::plan::PlannedRam;
 
 /// Bytes that are written, hashed and restored together; a multiple of the page size.
@@ -81,6 +81,12 @@ pub(super) fn write(memory: &Memory, ram: &[PlannedRam], file: &File) -> io::Res
     Ok(sums)
 }
 
+/// Bytes of the hashes of `ram`.
+pub(super) fn sums_size(ram: &[PlannedRam]) -> u64 {
+    let count = ram.iter().fold(0u64, |all, range| all.saturating_add(range.len.div_ceil(CHUNK)));
+    count.saturating_mul(blake3::OUT_LEN as u64)
+}
+
 /// The memory of an opened snapshot. Its size is what the plan says; the rest is verified when it is read.
 pub struct MemoryFile {
     file: File,
@@ -92,14 +98,13 @@ pub struct MemoryFile {
 impl MemoryFile {
     pub(super) fn open(path: PathBuf, sums: &[u8], ram: &[PlannedRam]) -> Result<Self, SnapshotError> {
         let (sums, rest) = sums.as_chunks();
-        let count = ram.iter().fold(0u64, |all, range| all.saturating_add(range.len.div_ceil(CHUNK)));
-        if !rest.is_empty() || sums.len() as u64 != count {
+        if !rest.is_empty() || (sums.len() * blake3::OUT_LEN) as u64 != sums_size(ram) {
             return Err(damaged(&path, "there are not as many hashes as it has chunks"));
         }
-        let file = File::open(&path).map_err(file_error("open", &path))?;
+        let file = open_file(&path)?;
         let found = file.metadata().map_err(file_error("look at", &path))?;
         let wanted: u64 = ram.iter().map(|r| r.len).sum();
-        if !found.is_file() || found.len() != wanted {
+        if found.len() != wanted {
             return Err(damaged(&path, format!("it has {} bytes instead of {wanted}", found.len())));
         }
         Ok(Self { file, path, sums: sums.to_vec(), ram: ram.to_vec() })

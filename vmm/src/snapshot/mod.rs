@@ -9,6 +9,7 @@
 //! ```
 //! Everything read from a snapshot is hostile: sizes are bounded, hashes compared, values checked by who takes them over.
 
+mod destination;
 mod manifest;
 mod memory;
 mod ondemand;
@@ -16,14 +17,16 @@ mod state;
 mod template;
 mod uffd;
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arch::cpuid::CpuidEntry;
+use arch::cpuid::{CpuidConfig, CpuidEntry, vcpu_cpuid};
 use vmm_config::{JsonError, VmConfig};
 
+pub use destination::Destination;
 use manifest::{FileSum, Manifest};
 pub use memory::MemoryFile;
 pub use ondemand::{OnDemand, Source};
@@ -40,15 +43,11 @@ const CONFIG: &str = "config.json";
 const STATE: &str = "state.bin";
 const SUMS: &str = "memory.sums";
 const MEMORY: &str = "memory";
-/// What a file is called until it is whole.
-const PARTIAL: &str = ".partial";
 
 /// The most bytes of each file but the memory, so that a damaged snapshot cannot exhaust the host.
 const MAX_MANIFEST: u64 = 64 << 10;
 const MAX_CONFIG: u64 = 1 << 20;
 const MAX_STATE: u64 = 64 << 20;
-/// Enough for 4 TiB.
-const MAX_SUMS: u64 = 2 << 30;
 
 /// Why there is no snapshot, or none that can be used: one sentence for the user.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +58,9 @@ pub enum SnapshotError {
     /// There is one already.
     #[error("{} holds a snapshot already; choose another directory or remove it", .0.display())]
     Exists(PathBuf),
+    /// A snapshot is on its way there.
+    #[error("{} is being written to; wait for the end of it or choose another directory", .0.display())]
+    Busy(PathBuf),
     /// The directory holds none.
     #[error("{} holds no snapshot: there is no {MANIFEST} in it", .0.display())]
     Missing(PathBuf),
@@ -149,21 +151,26 @@ impl Snapshot {
         let bytes = read_verified(&path, &manifest.state, MAX_STATE)?;
         let state = MachineState::from_bytes(&bytes).map_err(|what| damaged(&path, what))?;
         state.check(&config).map_err(|what| damaged(&path, what))?;
-        let sums = read_verified(&directory.join(SUMS), &manifest.memory_sums, MAX_SUMS)?;
+        let max_sums = memory::sums_size(&state.plan.ram);
+        let sums = read_verified(&directory.join(SUMS), &manifest.memory_sums, max_sums)?;
         let memory = Arc::new(MemoryFile::open(directory.join(MEMORY), &sums, &state.plan.ram)?);
         Ok(Self { config, state, memory })
     }
 
-    /// Whether its guest can go on on a host that supports `cpuid`.
+    /// Whether its guest can go on on a host that supports `cpuid`, and was told nothing that no guest is told.
     ///
     /// # Errors
     /// [`SnapshotError::Cpu`].
     pub fn check_cpu(&self, cpuid: &[CpuidEntry]) -> Result<(), SnapshotError> {
-        let lacking = self.state.vcpus.first().map(|vcpu| arch::features::lacking(&vcpu.cpuid, cpuid));
-        match lacking {
-            Some(lacking) if !lacking.is_empty() => Err(SnapshotError::Cpu(lacking)),
-            _ => Ok(()),
+        let plan = &self.state.plan;
+        let config = CpuidConfig { vcpus: plan.vcpus, physical_bits: plan.physical_bits, nested: false };
+        for (number, vcpu) in (0..).zip(&self.state.vcpus) {
+            let lacking = arch::features::lacking(&vcpu.cpuid, &vcpu_cpuid(cpuid, &config, number));
+            if !lacking.is_empty() {
+                return Err(SnapshotError::Cpu(lacking));
+            }
         }
+        Ok(())
     }
 
     /// Whether its memory can be the private mapping of a file.
@@ -172,98 +179,28 @@ impl Snapshot {
     /// [`SnapshotError::NotCopyOnWrite`].
     pub fn check_copy_on_write(&self) -> Result<(), SnapshotError> {
         let memory = &self.config.memory;
-        match () {
-            () if memory.shared => {
-                Err(SnapshotError::NotCopyOnWrite("memory.shared=on makes all of it visible to other processes"))
-            }
-            () if memory.hugepages => Err(SnapshotError::NotCopyOnWrite("memory.hugepages=on needs memory of its own")),
-            () => Ok(()),
+        if memory.shared {
+            let why = "memory.shared=on makes all of it visible to other processes";
+            return Err(SnapshotError::NotCopyOnWrite(why));
         }
-    }
-
-    /// Makes `directory`, if it is not there, for a snapshot.
-    ///
-    /// # Errors
-    /// If it holds one already, or cannot be made.
-    pub fn prepare(directory: &Path) -> Result<(), SnapshotError> {
-        if fs::exists(directory.join(MANIFEST)).map_err(file_error("look into", directory))? {
-            return Err(SnapshotError::Exists(directory.to_owned()));
-        }
-        fs::create_dir_all(directory).map_err(file_error("make the directory", directory))
-    }
-
-    /// Writes a snapshot into `directory`, which is made if it is not there. Whatever happens, it either holds all of
-    /// it in the end or is no snapshot.
-    ///
-    /// # Errors
-    /// If it holds one already, or a file cannot be written.
-    pub fn write(
-        directory: &Path,
-        config: &VmConfig,
-        state: &MachineState,
-        memory: &Memory,
-    ) -> Result<(), SnapshotError> {
-        Self::prepare(directory)?;
-        let result = write_files(directory, config, state, memory);
-        if result.is_err() {
-            // Without a manifest they are nothing; if one cannot be removed, the next attempt overwrites it.
-            for name in [MANIFEST, CONFIG, STATE, SUMS, MEMORY] {
-                let _ = fs::remove_file(directory.join(format!("{name}{PARTIAL}")));
-                let _ = fs::remove_file(directory.join(name));
-            }
-        }
-        result
+        Ok(())
     }
 }
 
-fn write_files(
-    directory: &Path,
-    config: &VmConfig,
-    state: &MachineState,
-    memory: &Memory,
-) -> Result<(), SnapshotError> {
-    let path = directory.join(MEMORY);
-    let partial = directory.join(format!("{MEMORY}{PARTIAL}"));
-    let file = File::create(&partial).map_err(file_error("make", &partial))?;
-    let sums = memory::write(memory, &state.plan.ram, &file).map_err(file_error("write", &partial))?;
-    finish(&file, &partial, &path)?;
-    let text = serde_json::to_vec_pretty(config)
-        .map_err(|e| SnapshotError::Unsaved(format!("the configuration cannot be saved: {e}")))?;
-    let manifest = Manifest {
-        version: VERSION,
-        config: write_file(directory, CONFIG, &text)?,
-        state: write_file(directory, STATE, &state.to_bytes().map_err(SnapshotError::Unsaved)?)?,
-        memory_sums: write_file(directory, SUMS, &sums)?,
-    };
-    // The others' names are on the disk before the manifest says that they are there.
-    sync_directory(directory)?;
-    write_file(directory, MANIFEST, &manifest.to_text())?;
-    sync_directory(directory)
-}
-
-fn write_file(directory: &Path, name: &str, bytes: &[u8]) -> Result<FileSum, SnapshotError> {
-    let partial = directory.join(format!("{name}{PARTIAL}"));
-    let mut file = File::create(&partial).map_err(file_error("make", &partial))?;
-    file.write_all(bytes).map_err(file_error("write", &partial))?;
-    finish(&file, &partial, &directory.join(name))?;
-    Ok(FileSum::of(bytes))
-}
-
-/// Gives a file that is whole its name.
-fn finish(file: &File, partial: &Path, path: &Path) -> Result<(), SnapshotError> {
-    file.sync_all().map_err(file_error("write", partial))?;
-    fs::rename(partial, path).map_err(file_error("give its name to", path))
-}
-
-fn sync_directory(directory: &Path) -> Result<(), SnapshotError> {
-    File::open(directory).and_then(|d| d.sync_all()).map_err(file_error("write", directory))
+/// Opens a regular file to read; anything else could keep its reader waiting.
+fn open_file(path: &Path) -> Result<File, SnapshotError> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = file.map_err(file_error("open", path))?;
+    match file.metadata().map_err(file_error("look at", path))?.is_file() {
+        true => Ok(file),
+        false => Err(damaged(path, "it is no regular file")),
+    }
 }
 
 /// All of a file of at most `max` bytes.
 fn read_file(path: &Path, max: u64) -> Result<Vec<u8>, SnapshotError> {
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(file_error("open", path))?;
-    file.take(max + 1).read_to_end(&mut bytes).map_err(file_error("read", path))?;
+    open_file(path)?.take(max.saturating_add(1)).read_to_end(&mut bytes).map_err(file_error("read", path))?;
     if bytes.len() as u64 > max {
         return Err(damaged(path, format!("it is longer than {max} bytes")));
     }
@@ -271,7 +208,7 @@ fn read_file(path: &Path, max: u64) -> Result<Vec<u8>, SnapshotError> {
 }
 
 fn read_verified(path: &Path, sum: &FileSum, max: u64) -> Result<Vec<u8>, SnapshotError> {
-    let bytes = read_file(path, max)?;
+    let bytes = read_file(path, max.min(sum.size))?;
     if FileSum::of(&bytes) != *sum {
         return Err(damaged(path, "its contents are not what was written"));
     }
