@@ -184,6 +184,8 @@ pub trait Interrupt: Send + Sync {
     fn config_changed(&self);
     /// Set DEVICE_NEEDS_RESET and tell the driver (virtio 1.3 section 2.1.2).
     fn needs_reset(&self);
+    /// Whether DEVICE_NEEDS_RESET is set: the device is not to be called until the driver has reset it.
+    fn is_broken(&self) -> bool;
 }
 
 /// What a running device works with.

@@ -87,6 +87,10 @@ impl Interrupt for Interrupts {
         let _guard = self.queues.lock().unwrap();
         self.changed.notify_all();
     }
+
+    fn is_broken(&self) -> bool {
+        self.reset.load(Ordering::SeqCst)
+    }
 }
 
 struct Ring {

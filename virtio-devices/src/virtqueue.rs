@@ -175,6 +175,9 @@ mod tests {
         fn queue(&self, _: u16) {}
         fn config_changed(&self) {}
         fn needs_reset(&self) {}
+        fn is_broken(&self) -> bool {
+            false
+        }
     }
 
     fn queue(heads: &[u16]) -> VirtQueue {

@@ -207,7 +207,9 @@ struct Running {
 
 impl Running {
     fn new(device: Box<dyn Device>, active: Active, kicks: Vec<Arc<EventFd>>) -> Self {
-        Self { device, active, kicks, watched: Vec::new(), broken: false }
+        // It may have been broken when it was paused.
+        let broken = active.interrupt.is_broken();
+        Self { device, active, kicks, watched: Vec::new(), broken }
     }
 
     fn run(mut self, stop: &EventFd) -> Load {
@@ -243,6 +245,9 @@ impl Running {
     }
 
     fn begin(&mut self) -> Result<(), Broken> {
+        if self.broken {
+            return Ok(());
+        }
         self.watched =
             self.device.sources().iter().take(MAX_SOURCES).map(|source| (source.as_raw_fd(), false)).collect();
         self.device.start(&mut self.active)?;

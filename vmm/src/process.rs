@@ -45,6 +45,25 @@ pub fn forget_signals() -> io::Result<()> {
     Ok(())
 }
 
+/// Signals that ask to end wait from now on, or come through again.
+///
+/// # Errors
+/// If the system refuses.
+pub fn hold_end_signals(hold: bool) -> io::Result<()> {
+    // SAFETY: a set of numbers, for which zeroes are valid.
+    let mut signals: libc::sigset_t = unsafe { std::mem::zeroed() };
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: the set is this function's.
+        unsafe { libc::sigaddset(&raw mut signals, signal) };
+    }
+    let how = if hold { libc::SIG_BLOCK } else { libc::SIG_UNBLOCK };
+    // SAFETY: the old set is not asked for.
+    match unsafe { libc::pthread_sigmask(how, &raw const signals, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
 /// Whether this process has one thread.
 ///
 /// # Errors

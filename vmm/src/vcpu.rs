@@ -183,7 +183,12 @@ impl Vcpus {
             what: "read a vCPU that has stopped",
             source: io::ErrorKind::NotFound.into(),
         };
-        self.shared.lock().vcpus.iter().map(|vcpu| vcpu.as_ref().ok_or_else(ended)?.save()).collect()
+        let mut state = self.shared.lock();
+        // Threads that have only just begun are not there yet.
+        while state.resting < self.threads.len() {
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.vcpus.iter().map(|vcpu| vcpu.as_ref().ok_or_else(ended)?.save()).collect()
     }
 
     fn kick(&self) {

@@ -117,11 +117,11 @@ impl Zygote {
     fn clone_machine(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> Response {
         let fail = |why: String| Failure::Other(vec![why]);
         self.check(config, &fds).map_err(fail)?;
-        // Before anybody knows its process id, a clone takes signals to be its own.
-        let pid = process::fork(|| {
-            self.signals.1.iter().for_each(|id| drop(signal_hook::low_level::unregister(*id)));
-            if process::forget_signals().is_err() { 1 } else { self.be_clone(config, fds) }
-        }).map_err(|e| fail(format!("cannot fork: {e}")))?;
+        // A signal that comes before the clone handles its own waits.
+        process::hold_end_signals(true).map_err(|e| fail(e.to_string()))?;
+        let forked = process::fork(|| self.be_clone(config, fds));
+        process::hold_end_signals(false).map_err(|e| fail(e.to_string()))?;
+        let pid = forked.map_err(|e| fail(format!("cannot fork: {e}")))?;
         Ok(Reply::Cloned(CloneInfo { pid: pid.into() }))
     }
 
@@ -145,6 +145,10 @@ impl Zygote {
 
     /// What a child does from the fork to its end.
     fn be_clone(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> u8 {
+        // The zygote's, which would be told of the clone's.
+        for id in &self.signals.1 {
+            signal_hook::low_level::unregister(*id);
+        }
         let keep =
             fds.iter().map(AsFd::as_fd).chain(self.hypervisor.descriptor()).chain([self.template.memory.as_fd()]);
         let keep: Vec<_> = keep.chain(self.keep.iter().map(AsFd::as_fd)).collect();
@@ -163,6 +167,7 @@ impl Zygote {
         let server = handed.remove("api").map(Server::from_listener).transpose()?;
         let mut vmm = Vmm::new(self.hypervisor.clone(), (self.renderer)(), (self.confine)()?)?;
         (self.prepare)(&mut vmm)?;
+        process::hold_end_signals(false)?;
         vmm.clone_of(&self.template, config, handed)?;
         // The guest runs. What it does not need for that comes now.
         if let Some(server) = server {

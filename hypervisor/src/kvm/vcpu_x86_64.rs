@@ -162,9 +162,17 @@ impl Vcpu for KvmVcpu {
 
     fn complete_access(&mut self, handler: &mut dyn ExitHandler) -> Result<(), Error> {
         self.fd.set_kvm_immediate_exit(1);
-        let result = run_once(&mut self.fd, handler);
+        // One instruction may be several accesses, one after the other.
+        let mut result = run_once(&mut self.fd, handler);
+        for _ in 1..MAX_ACCESSES {
+            if result != Ok(Exit::Handled) {
+                break;
+            }
+            result = run_once(&mut self.fd, handler);
+        }
         self.fd.set_kvm_immediate_exit(0);
         match result {
+            Ok(Exit::Handled) => Err(Error::Operation { what: "pause a vCPU", source: io::ErrorKind::TimedOut.into() }),
             Ok(_) => Ok(()),
             Err(errno) => Err(Error::Operation { what: "pause a vCPU", source: io::Error::from_raw_os_error(errno) }),
         }
@@ -189,6 +197,9 @@ impl Vcpu for KvmVcpu {
         }
     }
 }
+
+/// More accesses than one instruction makes: a repeated string instruction comes out page by page.
+const MAX_ACCESSES: usize = 8192;
 
 /// The largest single port access; longer ones are repeated string instructions.
 const MAX_PORT_ACCESS: usize = 4;

@@ -122,12 +122,16 @@ impl CommonConfig {
         }
     }
 
-    /// Whether these registers, from a snapshot, can be those of a device that offers what `now` does.
-    pub(super) fn fits(&self, now: &Self) -> bool {
+    /// Whether these registers, from a snapshot, can be those of a device that offers what `now` does, and whose driver has
+    /// started it or not.
+    pub(super) fn fits(&self, now: &Self, running: bool) -> bool {
         let possible = |(then, now): (&QueueSetup, &QueueSetup)| {
             then.max_size == now.max_size && then.size.is_power_of_two() && then.size <= now.max_size
         };
+        let agreed = self.accepted & !self.offered == 0 && self.accepted & VERSION_1 != 0;
+        let started = self.status & status::DRIVER_OK != 0 && self.status & status::FEATURES_OK != 0 && agreed;
         self.offered == now.offered
+            && (started || !running)
             && self.queues.len() == now.queues.len()
             && self.queues.iter().zip(&now.queues).all(possible)
     }

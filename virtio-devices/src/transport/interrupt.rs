@@ -125,4 +125,8 @@ impl Interrupt for PciInterrupt {
         self.needs_reset.store(true, Ordering::Release);
         self.config_changed();
     }
+
+    fn is_broken(&self) -> bool {
+        self.device_needs_reset()
+    }
 }

@@ -209,7 +209,7 @@ impl PciTransport {
     fn restore(&self, saved: &TransportState) -> io::Result<()> {
         let other = |what| io::Error::new(io::ErrorKind::InvalidData, format!("{}: the saved {what}", self.id));
         let mut inner = self.lock();
-        if !saved.common.fits(&inner.common) {
+        if !saved.common.fits(&inner.common, saved.running) {
             return Err(other("queues or features are not those of this device"));
         }
         if !inner.config.restore(&saved.config) {

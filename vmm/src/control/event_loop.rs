@@ -29,6 +29,7 @@ impl Vmm {
         let id = manager.add_subscriber(Control {
             vmm: self,
             watched: BTreeMap::new(),
+            generation: 0,
             input_full: false,
             input_ended: false,
         });
@@ -51,6 +52,8 @@ struct Control {
     vmm: Vmm,
     /// What is in the epoll set now, by token.
     watched: BTreeMap<u32, Watched>,
+    /// The machine that the input was for.
+    generation: u64,
     input_full: bool,
     input_ended: bool,
 }
@@ -99,9 +102,13 @@ impl Control {
 
     /// Makes the epoll set what it should be.
     fn reconcile(&mut self, ops: &mut EventOps) {
-        let wanted = self.wanted();
         // A number may be another descriptor's by now, if it was a machine's that is gone.
         let generation = self.vmm.generation;
+        if self.generation != generation {
+            // Another serial port, and perhaps another stream.
+            (self.generation, self.input_full, self.input_ended) = (generation, false, false);
+        }
+        let wanted = self.wanted();
         let stays = |token: &u32, w: &mut Watched| w.generation == generation && wanted.get(token) == Some(&w.number);
         for (token, gone) in self.watched.extract_if(.., |token, w| !stays(token, w)) {
             if let Err(e) = ops.remove(Events::with_data(&gone.fd, token, EventSet::IN)) {

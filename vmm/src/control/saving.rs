@@ -120,7 +120,9 @@ impl Vmm {
         let created = self.created.as_ref().ok_or_else(no_machine)?;
         let machine = created.machine.as_ref().ok_or_else(no_machine)?;
         if created.config.memory.shared {
-            return Err(not_now("memory.shared=on leaves no copy of the memory as it is now: pause the machine and save it"));
+            return Err(not_now(
+                "memory.shared=on leaves no copy of the memory as it is now: pause the machine and save it",
+            ));
         }
         if let Some(file) = written_by_guest(&created.config) {
             let why =
@@ -131,7 +133,8 @@ impl Vmm {
         let start = Instant::now();
         machine.pause();
         let forked = machine.save().map_err(VmmError::from).and_then(|state| {
-            Writer::start(destination, |to| to.write(&created.config, &state, machine.ram())).map_err(|e| not_now(&format!("cannot fork: {e}")))
+            Writer::start(destination, |to| to.write(&created.config, &state, machine.ram()))
+                .map_err(|e| not_now(&format!("cannot fork: {e}")))
         });
         let resumed = machine.resume();
         let paused_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);

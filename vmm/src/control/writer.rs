@@ -21,10 +21,7 @@ pub(super) struct Writer {
 impl Writer {
     /// Forks this process; the child does `write` and nothing else. All other threads that hold locks must rest: `write`
     /// takes none but the allocator's.
-    pub fn start(
-        to: Destination,
-        write: impl FnOnce(Destination) -> Result<(), SnapshotError>,
-    ) -> io::Result<Self> {
+    pub fn start(to: Destination, write: impl FnOnce(Destination) -> Result<(), SnapshotError>) -> io::Result<Self> {
         let (says, mut tell) = io::pipe()?;
         let pid = process::fork(|| {
             if process::forget_signals().and_then(|()| process::close_all_but(&[tell.as_fd(), to.as_fd()])).is_err() {

@@ -33,7 +33,6 @@ pub use ondemand::{OnDemand, Source};
 pub use state::{MachineState, SavedDevice};
 pub use template::Template;
 pub use uffd::UffdError;
-use virtio_devices::device::Memory;
 
 /// The version of the format that is written and read.
 pub const VERSION: u32 = 1;

@@ -1,10 +1,11 @@
 //! Snapshots written, read and damaged.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
+use virtio_devices::device::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
@@ -40,11 +41,15 @@ fn saved() -> (VmConfig, MachineState, Memory) {
     (config, state, memory)
 }
 
+fn write(directory: &Path, config: &VmConfig, state: &MachineState, memory: &Memory) -> Result<(), SnapshotError> {
+    Destination::open(directory)?.write(config, state, memory)
+}
+
 /// A snapshot in a directory of its own, of a machine whose plan says what `open` is to accept.
 fn written() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     let (config, state, memory) = saved();
-    Snapshot::write(directory.path(), &config, &state, &memory).unwrap();
+    write(directory.path(), &config, &state, &memory).unwrap();
     directory
 }
 
@@ -56,7 +61,7 @@ fn read(directory: &Path) -> Result<(MachineState, Memory), SnapshotError> {
     let path = directory.join(STATE);
     let state = MachineState::from_bytes(&read_verified(&path, &manifest.state, MAX_STATE)?);
     let state = state.map_err(|what| damaged(&path, what))?;
-    let sums = read_verified(&directory.join(SUMS), &manifest.memory_sums, MAX_SUMS)?;
+    let sums = read_verified(&directory.join(SUMS), &manifest.memory_sums, memory::sums_size(&state.plan.ram))?;
     let file = MemoryFile::open(directory.join(MEMORY), &sums, &state.plan.ram)?;
     let memory = ram::allocate(&state.plan.ram, false).unwrap();
     file.copy_to(&memory)?;
@@ -109,7 +114,7 @@ fn a_machine_of_another_configuration_is_refused() {
 fn a_snapshot_is_never_overwritten() {
     let directory = written();
     let (config, state, memory) = saved();
-    let again = Snapshot::write(directory.path(), &config, &state, &memory);
+    let again = write(directory.path(), &config, &state, &memory);
     assert!(matches!(again, Err(SnapshotError::Exists(_))));
     read(directory.path()).unwrap();
 }
@@ -120,7 +125,7 @@ fn a_write_that_fails_leaves_no_snapshot() {
     // Something is in the way of the last but one file.
     fs::create_dir_all(directory.path().join("memory.sums/full")).unwrap();
     let (config, state, memory) = saved();
-    let error = Snapshot::write(directory.path(), &config, &state, &memory).unwrap_err().to_string();
+    let error = write(directory.path(), &config, &state, &memory).unwrap_err().to_string();
     assert!(error.contains("cannot give its name to") && error.contains("memory.sums"), "{error}");
     let left: Vec<_> = fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["memory.sums"]);
@@ -208,31 +213,33 @@ fn check_cpu(change: impl FnOnce(&mut Vec<CpuidEntry>), host: &[CpuidEntry]) -> 
     let directory = tempfile::tempdir().unwrap();
     let (config, mut state, memory) = saved();
     let vcpu = state.vcpus.first_mut().unwrap();
-    vcpu.cpuid = host.to_vec();
+    vcpu.cpuid = vcpu_cpuid(host, &CpuidConfig { vcpus: 1, physical_bits: 40, nested: false }, 0);
     change(&mut vcpu.cpuid);
-    Snapshot::write(directory.path(), &config, &state, &memory).unwrap();
+    write(directory.path(), &config, &state, &memory).unwrap();
     let (state, _) = read(directory.path()).unwrap();
     let sums = fs::read(directory.path().join(SUMS)).unwrap();
     let memory = MemoryFile::open(directory.path().join(MEMORY), &sums, &state.plan.ram).unwrap();
-    Snapshot { config, state, memory }.check_cpu(host)
+    Snapshot { config, state, memory: Arc::new(memory) }.check_cpu(host)
 }
 
 #[test]
 fn a_snapshot_of_another_cpu_is_refused_with_what_is_missing() {
     let entry =
         |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidEntry { function, eax, ebx, ecx, edx, ..Default::default() };
-    let host = [entry(0, [16, 1, 2, 3]), entry(1, [7, 0, 0b110, 0b1]), entry(7, [0, 1 << 5, 0, 0])];
+    let host = [entry(0, [16, 1, 2, 3]), entry(1, [7, 0, 0b10_0011, 0b1]), entry(7, [0, 1 << 5, 0, 0])];
     check_cpu(|_| {}, &host).unwrap();
     // Another model of the same maker with fewer features is as good.
     check_cpu(|cpuid| (cpuid[1].eax, cpuid[2].ebx) = (8, 0), &host).unwrap();
     check_cpu(Vec::clear, &[]).unwrap();
     let said = |change: fn(&mut Vec<CpuidEntry>)| check_cpu(change, &host).unwrap_err().to_string();
     let lacks = "the snapshot was taken on another kind of CPU; this one lacks";
-    assert_eq!(said(|cpuid| cpuid[1].ecx |= 1 << 3), format!("{lacks} CPUID 0x1.0 ECX bit 3"));
+    assert_eq!(said(|cpuid| cpuid[1].ecx |= 1 << 9), format!("{lacks} CPUID 0x1.0 ECX bit 9"));
     assert_eq!(
         said(|cpuid| (cpuid[1].edx, cpuid[2].ebx) = (0b11, 3 << 5)),
         format!("{lacks} CPUID 0x1.0 EDX bit 1, CPUID 0x7.0 EBX bit 6")
     );
+    // What the host has and no guest is told, such as virtualisation.
+    assert_eq!(said(|cpuid| cpuid[1].ecx |= 1 << 5), format!("{lacks} CPUID 0x1.0 ECX bit 5"));
     assert_eq!(said(|cpuid| cpuid[0].ebx = 9), format!("{lacks} its maker"));
     assert_eq!(said(Vec::clear), format!("{lacks} its maker"), "nobody knows what it was");
 }
