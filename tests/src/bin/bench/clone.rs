@@ -20,7 +20,7 @@ use crate::{Failure, MEMORY_MIB};
 const ARMS: [&str; 3] = ["zygote", "floor", "exec"];
 
 /// A child that is killed when it goes.
-struct Process(Child);
+pub struct Process(pub Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -30,14 +30,14 @@ impl Drop for Process {
     }
 }
 
-fn vmm() -> Command {
+pub fn vmm() -> Command {
     let mut command = Command::new(programs::program("spectrum-vmm"));
     command.stdin(Stdio::null()).stderr(Stdio::inherit());
     command
 }
 
 /// A connection, as soon as somebody listens.
-fn connect(socket: &Path, process: &mut Process) -> Result<Client, Failure> {
+pub fn connect(socket: &Path, process: &mut Process) -> Result<Client, Failure> {
     loop {
         match Client::connect(socket) {
             Ok(client) => return Ok(client),
@@ -48,7 +48,7 @@ fn connect(socket: &Path, process: &mut Process) -> Result<Client, Failure> {
 }
 
 /// Boots a counting guest with every default device and a vsock device, and saves it.
-fn snapshot(directory: &Path) -> Result<String, Failure> {
+pub fn snapshot(directory: &Path) -> Result<String, Failure> {
     let (kernel, socket) = (directory.join("kernel"), directory.join("api"));
     tiny::write_counter(&kernel);
     let mut command = vmm();
@@ -64,7 +64,7 @@ fn snapshot(directory: &Path) -> Result<String, Failure> {
     Ok(url)
 }
 
-fn first_byte(output: &mut impl Read) -> Result<(), Failure> {
+pub fn first_byte(output: &mut impl Read) -> Result<(), Failure> {
     let mut byte = [0];
     Ok(output.read_exact(&mut byte)?)
 }
@@ -86,7 +86,7 @@ fn through_zygote(client: &mut Client, directory: &Path) -> Result<f64, Failure>
     Ok(time.as_secs_f64() * 1e3)
 }
 
-fn end(pid: Pid) -> Result<(), Failure> {
+pub fn end(pid: Pid) -> Result<(), Failure> {
     let process = pidfd_open(pid, PidfdFlags::empty())?;
     kill_process(pid, Signal::KILL)?;
     let mut gone = [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)];
