@@ -2,12 +2,19 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
+use guest_proto::{BootId, Identity, MachineId, Seed};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use tempfile::TempDir;
 use vmm_api::Client;
+use vmm_config::CloneConfig;
 
+use crate::agent::Host;
 use crate::{Vmm, VmmCommand};
 
 /// A zygote for the snapshot in `directory`, and a connection to it.
@@ -44,13 +51,56 @@ pub fn children(zygote: &Vmm) -> String {
     std::fs::read_to_string(path).expect("the zygote lives").trim().to_owned()
 }
 
-/// Bytes that nobody else has.
+/// An identity that no other VM has.
 ///
 /// # Panics
-/// If the system has none.
+/// If the system has no random numbers or no clock.
 #[must_use]
-pub fn random<const N: usize>() -> [u8; N] {
+pub fn identity() -> Identity {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is later than 1970");
+    Identity {
+        seed: Seed::new(random()),
+        realtime: u64::try_from(now.as_nanos()).expect("it is earlier than 2554"),
+        machine_id: MachineId::from_random(random()),
+        boot_id: BootId::from_random(random()),
+        hostname: None,
+    }
+}
+
+fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).expect("random numbers");
     bytes
+}
+
+/// A clone of a VM with an agent, the files it was given and its serial port.
+pub struct Clone {
+    /// Its process.
+    pub pid: Pid,
+    /// Where its agent is reached.
+    pub host: Host,
+    /// Its serial port.
+    pub serial: UnixStream,
+    /// Where its sockets are, which the test made.
+    pub directory: TempDir,
+}
+
+impl Clone {
+    /// Asks the zygote for one.
+    ///
+    /// # Panics
+    /// If it makes none.
+    #[must_use]
+    pub fn new(client: &mut Client) -> Self {
+        let directory = tempfile::tempdir().expect("there is room for files");
+        let socket = directory.path().join("vsock");
+        let host = Host::at(&socket);
+        let listener = OwnedFd::from(UnixListener::bind(&socket).expect("nobody else listens"));
+        let (serial, theirs) = UnixStream::pair().expect("descriptors");
+        let fds = ["serial", "_vsock0"].map(String::from).into();
+        let config = CloneConfig { fds, vsock_socket: Some(socket), ..CloneConfig::default() };
+        let info = client.clone_vm(config, &[theirs.as_fd(), listener.as_fd()]).expect("a clone");
+        let pid = i32::try_from(info.pid).ok().and_then(Pid::from_raw).expect("a process id");
+        Self { pid, host, serial, directory }
+    }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tests::{programs, tiny};
-use vmm_api::{Client, Request};
+use vmm_api::{Client, CloneInfo, Request};
 use vmm_config::{CloneConfig, SnapshotConfig};
 
 use crate::floor::Floor;
@@ -20,7 +20,7 @@ use crate::{Failure, MEMORY_MIB};
 const ARMS: [&str; 3] = ["zygote", "floor", "exec"];
 
 /// A child that is killed when it goes.
-pub(crate) struct Process(Child);
+pub struct Process(pub Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -30,14 +30,14 @@ impl Drop for Process {
     }
 }
 
-fn vmm() -> Command {
+pub fn vmm() -> Command {
     let mut command = Command::new(programs::program("spectrum-vmm"));
     command.stdin(Stdio::null()).stderr(Stdio::inherit());
     command
 }
 
 /// A connection, as soon as somebody listens.
-pub(crate) fn connect(socket: &Path, process: &mut Process) -> Result<Client, Failure> {
+pub fn connect(socket: &Path, process: &mut Process) -> Result<Client, Failure> {
     loop {
         match Client::connect(socket) {
             Ok(client) => return Ok(client),
@@ -49,7 +49,7 @@ pub(crate) fn connect(socket: &Path, process: &mut Process) -> Result<Client, Fa
 
 /// Boots the guest that `kernel` writes with every default device and a vsock device, and saves it when it has printed
 /// `mark`; the snapshot's URL.
-pub(crate) fn snapshot_of(directory: &Path, write_kernel: fn(&Path), mark: u8) -> Result<String, Failure> {
+pub fn snapshot_of(directory: &Path, write_kernel: fn(&Path), mark: u8) -> Result<String, Failure> {
     let (kernel, socket) = (directory.join("kernel"), directory.join("api"));
     write_kernel(&kernel);
     let mut command = vmm();
@@ -66,8 +66,13 @@ pub(crate) fn snapshot_of(directory: &Path, write_kernel: fn(&Path), mark: u8) -
     Ok(url)
 }
 
+/// The same with a guest that counts.
+pub fn snapshot(directory: &Path) -> Result<String, Failure> {
+    snapshot_of(directory, tiny::write_counter, b't')
+}
+
 /// Reads until `mark` comes.
-pub(crate) fn wait_for(output: &mut impl Read, mark: u8) -> Result<(), Failure> {
+pub fn wait_for(output: &mut impl Read, mark: u8) -> Result<(), Failure> {
     let mut byte = [0];
     while byte != [mark] {
         output.read_exact(&mut byte)?;
@@ -76,7 +81,7 @@ pub(crate) fn wait_for(output: &mut impl Read, mark: u8) -> Result<(), Failure> 
 }
 
 /// A zygote of the snapshot at `url`, and a connection to it.
-pub(crate) fn zygote(url: &str, directory: &Path) -> Result<(Process, Client), Failure> {
+pub fn zygote(url: &str, directory: &Path) -> Result<(Process, Client), Failure> {
     let socket = directory.join("zygote");
     let mut command = vmm();
     command.args(["--zygote", &format!("source_url={url},socket={}", socket.display())]);
@@ -85,7 +90,7 @@ pub(crate) fn zygote(url: &str, directory: &Path) -> Result<(Process, Client), F
     Ok((process, client))
 }
 
-fn first_byte(output: &mut impl Read) -> Result<(), Failure> {
+pub fn first_byte(output: &mut impl Read) -> Result<(), Failure> {
     let mut byte = [0];
     Ok(output.read_exact(&mut byte)?)
 }
@@ -102,14 +107,18 @@ fn through_zygote(client: &mut Client, directory: &Path) -> Result<f64, Failure>
     drop(write);
     first_byte(&mut read)?;
     let time = start.elapsed();
-    end(clone.pid)?;
+    end(process_id(clone)?)?;
     std::fs::remove_file(path)?;
     Ok(time.as_secs_f64() * 1e3)
 }
 
+/// The process of a clone.
+pub fn process_id(clone: CloneInfo) -> Result<Pid, Failure> {
+    Ok(Pid::from_raw(i32::try_from(clone.pid)?).ok_or("a process id")?)
+}
+
 /// Kills a clone and waits until it is gone.
-pub(crate) fn end(pid: i64) -> Result<(), Failure> {
-    let pid = Pid::from_raw(i32::try_from(pid)?).ok_or("a process id")?;
+pub fn end(pid: Pid) -> Result<(), Failure> {
     let process = pidfd_open(pid, PidfdFlags::empty())?;
     kill_process(pid, Signal::KILL)?;
     let mut gone = [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)];
@@ -132,7 +141,7 @@ pub fn first_instruction(runs: usize) -> Result<Vec<Report>, Failure> {
     // Before anything else: it forks this process.
     let mut floor = Floor::start()?;
     let directory = tempfile::tempdir()?;
-    let url = snapshot_of(directory.path(), tiny::write_counter, b't')?;
+    let url = snapshot(directory.path())?;
     let (_zygote, mut client) = zygote(&url, directory.path())?;
     let mut samples: [Samples; ARMS.len()] = Default::default();
     for run in 0..=runs {

@@ -3,13 +3,19 @@
 //!     bench boot [--json] [--runs N]      boot to init and memory overhead, where /dev/kvm is real
 //!     bench first-instruction [--json] [--runs N]     on /dev/kvm of any kind, with a guest of a few bytes
 //!     bench clone [--json] [--runs N]     the same; a clone to its first instruction, beside the least it could cost
+//!     bench live-clones [--json] [--runs N]     the same; N clones at once: do all live, and what does each take
+//!     bench live-fork [--json] [--runs N]     the same; for how long a live snapshot stops a machine
+//!     bench agent-clones [--json] [--runs N]    clones of the template to their agent's first answer, where /dev/kvm is real
 //!
-//! Where a rival is on PATH it runs in turn with ours, and its figures are compared.
+//! Where a rival is on PATH it runs in turn with ours, and its figures are compared; but clones are not compared with rivals' yet.
 
+mod agents;
 mod arms;
 mod clone;
 mod floor;
+mod fork;
 mod live;
+mod memory;
 mod report;
 
 use std::io::Read;
@@ -39,9 +45,16 @@ fn main() -> ExitCode {
         (Some("first-instruction"), Some(Ok(runs))) => first_instruction(runs),
         (Some("clone"), None) => clone::first_instruction(40),
         (Some("clone"), Some(Ok(runs))) => clone::first_instruction(runs),
-        (Some("live-fork"), None) => live::fork_pause(40),
-        (Some("live-fork"), Some(Ok(runs))) => live::fork_pause(runs),
-        _ => Err("usage: bench boot|first-instruction|clone|live-fork [--json] [--runs N]".into()),
+        (Some("live-clones"), None) => live::clones(200),
+        (Some("live-clones"), Some(Ok(runs))) => live::clones(runs),
+        (Some("live-fork"), None) => fork::pause(40),
+        (Some("live-fork"), Some(Ok(runs))) => fork::pause(runs),
+        (Some("agent-clones"), None) => agents::clones(10),
+        (Some("agent-clones"), Some(Ok(runs))) => agents::clones(runs),
+        _ => {
+            Err("usage: bench boot|first-instruction|clone|live-clones|live-fork|agent-clones [--json] [--runs N]"
+                .into())
+        }
     };
     match result {
         Ok(reports) => {
