@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use guest_proto::{BootId, Identity, MachineId, Seed};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -41,14 +41,20 @@ pub fn end(pid: Pid) {
     poll(&mut [PollFd::new(&process, PollFlags::IN)], None).expect("a process can be waited for");
 }
 
-/// The processes that a zygote has made and that have not ended.
+/// The processes that a zygote has made and that have not ended, as soon as those that just did are gone.
 ///
 /// # Panics
 /// If it is not there.
 #[must_use]
 pub fn children(zygote: &Vmm) -> String {
     let path = format!("/proc/{0}/task/{0}/children", zygote.pid());
-    std::fs::read_to_string(path).expect("the zygote lives").trim().to_owned()
+    let children = || std::fs::read_to_string(&path).expect("the zygote lives").trim().to_owned();
+    // Who can be waited for is a child for a moment more, and nothing tells of the end of that.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !children().is_empty() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    children()
 }
 
 /// An identity that no other VM has.

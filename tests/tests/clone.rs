@@ -68,6 +68,21 @@ fn clones_go_on_each_for_itself() {
     b.lines().for_each(drop);
 }
 
+/// Whoever has its process id can end it, however early.
+#[test]
+fn a_new_clone_can_be_ended_at_once() {
+    let keep = tempfile::tempdir().unwrap();
+    let directory = keep.path().join("snapshot");
+    counter(&directory);
+    let (_zygote, mut client) = zygote::start(&directory);
+    for _ in 0..50 {
+        let (pid, output) = clone(&mut client, CloneConfig::default());
+        kill_process(pid, Signal::TERM).unwrap();
+        output.lines().for_each(drop);
+    }
+    client.ping().unwrap();
+}
+
 /// A clone answers on a socket of its own, which it was handed.
 #[test]
 fn a_clone_has_its_own_api() {
