@@ -273,9 +273,9 @@ fn a_snapshot_that_is_not_whole_or_of_another_version_is_refused_by_name() {
     while tiny::tick(&vmm.wait_for("")).is_none() {}
 }
 
-/// An image with writes that are thrown away, and an odd end.
+/// An image of numbers that count up, with writes that are thrown away, and an odd end.
 fn image(path: &Path) -> String {
-    fs::write(path, vec![7; 5000]).unwrap();
+    fs::write(path, (0..625u64).flat_map(u64::to_le_bytes).collect::<Vec<u8>>()).unwrap();
     format!("file={},discard_writes=on", path.display())
 }
 

@@ -26,7 +26,8 @@ impl Vmm {
         let created = self.created.as_ref().filter(|created| created.paused);
         let machine = created.and_then(|created| created.machine.as_ref().map(|machine| (&created.config, machine)));
         let (config, machine) = machine.ok_or_else(|| VmmError::State("there is no paused machine to save".into()))?;
-        Destination::open(directory)?.write(config, &machine.save()?, machine.ram())?;
+        let state = machine.save()?;
+        Destination::open(directory)?.write(config, &state, machine.ram())?;
         self.event("vm", "snapshotted");
         Ok(())
     }
