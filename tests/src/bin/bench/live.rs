@@ -16,7 +16,8 @@ use crate::clone::{Process, connect, end, first_byte, snapshot, vmm};
 use crate::report::{self, Report, Samples};
 use crate::{Failure, memory};
 
-/// How long they live before their memory is looked at. Their guests stand still then: nobody reads what they print.
+/// How long they live before their memory is looked at. Their guests count all the time, as fast as they can: what nobody
+/// reads is thrown away. So the later clones are made on busy processors.
 const REST: Duration = Duration::from_secs(60);
 
 struct Live {
@@ -28,7 +29,7 @@ struct Live {
 impl Live {
     fn new(client: &mut Client, directory: &Path, name: usize) -> Result<Self, Failure> {
         let (read, write) = std::io::pipe()?;
-        // Its guest stands still soon, and leaves the processors to others.
+        // What it prints when nobody reads is soon old, and thrown away when this is full.
         rustix::pipe::fcntl_setpipe_size(&write, 4096)?;
         let path = |what: &str| directory.join(format!("{what}-{name}"));
         let (api, vsock) = (UnixListener::bind(path("api"))?, UnixListener::bind(path("vsock"))?);
@@ -39,24 +40,28 @@ impl Live {
         Ok(Self { pid, api: path("api"), output: BufReader::new(read) })
     }
 
-    fn tick(&mut self) -> Result<u32, Failure> {
+    fn line(&mut self) -> Result<String, Failure> {
         let mut line = String::new();
-        self.output.read_line(&mut line)?;
-        tiny::tick(&line).ok_or_else(|| format!("the guest printed {line:?}").into())
+        if self.output.read_line(&mut line)? == 0 {
+            return Err("the guest ended".into());
+        }
+        Ok(line)
     }
 
-    /// Its API says that it runs, and its guest counts on: past what fits into pipe and buffer, so that it did so just now.
+    /// Its API says that it runs, and its guest counts on: two numbers that follow each other, and are far from the oldest
+    /// that is there, so that they were printed just now. Lines between them may be torn.
     fn answers(&mut self) -> Result<bool, Failure> {
         let running = Client::connect(&self.api)?.info()?.state == VmState::Running;
-        let mut line = String::new();
-        // The rest of one that has begun to be read.
-        self.output.read_line(&mut line)?;
-        let from = self.tick()?;
-        let mut to = from;
-        while to < from + 2000 {
-            to = self.tick()?;
+        let (mut oldest, mut last) = (None, None);
+        loop {
+            let next = tiny::tick(&self.line()?);
+            let Some(tick) = next else { continue };
+            let from = *oldest.get_or_insert(tick);
+            if tick.saturating_sub(from) > 2000 && last.and_then(|last: u32| last.checked_add(1)) == next {
+                return Ok(running);
+            }
+            last = next;
         }
-        Ok(running)
     }
 }
 
