@@ -29,6 +29,13 @@ fn save(client: &mut Client, directory: &Path) {
     client.send(&Request::VmSnapshot(SnapshotConfig { destination_url: url(directory) })).unwrap();
 }
 
+/// Saves a counting machine to `directory`; it is gone then.
+fn save_counter(directory: &Path) {
+    let mut vmm = VmmCommand::tiny().api().spawn();
+    vmm.wait_for("tick 00000001");
+    save(&mut vmm.client(), directory);
+}
+
 /// A VMM with an API socket that goes on with what is in `directory`.
 fn restored(directory: &Path, mode: &str) -> Vmm {
     let from = format!("source_url={},memory_restore_mode={mode},resume=true", url(directory));
@@ -124,11 +131,8 @@ const DAMAGED: &str = "memory is damaged: the bytes at 0x100000 are not what was
 #[test]
 fn what_is_no_snapshot_is_refused_in_a_sentence() {
     let keep = tempfile::tempdir().unwrap();
-    let mut vmm = VmmCommand::tiny().api().spawn();
-    vmm.wait_for("tick 00000001");
     let directory = keep.path().join("snapshot");
-    save(&mut vmm.client(), &directory);
-    drop(vmm);
+    save_counter(&directory);
     let file = |name: &str| directory.join(name);
     let tamper_for =
         |modes: &[(&str, MemoryRestoreMode)], name: &str, change: &dyn Fn(&mut Vec<u8>), sentence: &str| {
@@ -270,11 +274,8 @@ fn without_userfaultfd(before: &str) -> Command {
 #[test]
 fn on_demand_needs_a_right_that_is_named() {
     let keep = tempfile::tempdir().unwrap();
-    let mut vmm = VmmCommand::tiny().api().spawn();
-    vmm.wait_for("tick 00000001");
     let directory = keep.path().join("snapshot");
-    save(&mut vmm.client(), &directory);
-    drop(vmm);
+    save_counter(&directory);
     let restore = |launcher| {
         let from = format!("source_url={},memory_restore_mode=ondemand,resume=true", url(&directory));
         VmmCommand::new().arg("--restore", from).spawn_as(launcher)

@@ -100,7 +100,8 @@ impl Serial {
         Self { uart: Mutex::new(Uart::with_events(Line(irq), Drained(drained), output)) }
     }
 
-    /// As [`Serial::new`], with the registers of a snapshot. An interrupt that was due is raised again.
+    /// As [`Serial::new`], with the registers of a snapshot. An interrupt that was due is in the state of the interrupt
+    /// controllers, which is taken over after this.
     ///
     /// # Errors
     /// If the state holds more input than there is room for.
