@@ -168,5 +168,10 @@ impl Vcpu for FakeVcpu {
         Ok(())
     }
 
+    fn set_time(&mut self, _: &VcpuState) -> Result<(), Error> {
+        note(&self.log, |l| l.calls.push("set_time"));
+        Ok(())
+    }
+
     fn notify_paused(&self) {}
 }

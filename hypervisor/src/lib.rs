@@ -229,6 +229,13 @@ pub trait Vcpu: Send {
     /// If the hypervisor refuses a value.
     fn restore(&mut self, state: &VcpuState) -> Result<(), Error>;
 
+    /// Sets the time stamp counter, and the timer that counts by it, to what `state` says, in a vCPU that has the rest of
+    /// it and has not run.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses a value.
+    fn set_time(&mut self, state: &VcpuState) -> Result<(), Error>;
+
     /// Tells the guest's clock that the machine was paused, so that its watchdogs do not fire.
     fn notify_paused(&self);
 }

@@ -5,8 +5,9 @@
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use block::image::Image;
 use vmm_config::{HostFacts, VmConfig};
 
 use crate::device::{Device, SavedState, WindowAddress};
@@ -47,14 +48,24 @@ pub struct Request {
     pub window: Option<WindowRequest>,
 }
 
+/// What the VMM hands to a kind for the host memory of a window.
+pub struct WindowContext<'a> {
+    /// The whole configuration; the kind reads its own section.
+    pub config: &'a VmConfig,
+    /// The request being fulfilled.
+    pub request: &'a Request,
+    /// Bytes of the window.
+    pub len: u64,
+}
+
 /// What the VMM hands to the constructor of a device.
 pub struct BuildContext<'a> {
     /// The whole configuration; the device reads its own section.
     pub config: &'a VmConfig,
     /// The request being fulfilled.
     pub request: &'a Request,
-    /// Where the window is, if one was asked for.
-    pub window: Option<WindowAddress>,
+    /// Where the window is and what is behind it, if one was asked for.
+    pub window: Option<(WindowAddress, WindowMemory)>,
     /// Ends of the virtio-console, opened by the VMM (they exist before the machine does).
     pub console: Option<ConsoleEnds>,
     /// A listening socket that was handed down for the device, instead of one that it makes.
@@ -76,20 +87,12 @@ pub struct ConsoleEnds {
     pub terminal: bool,
 }
 
-/// A device that was built, and the memory the guest is to see at the request's window.
-pub struct Built {
-    /// The device.
-    pub device: Box<dyn Device>,
-    /// Host memory of the window; the VMM makes it one memory slot and keeps it until the VM is gone.
-    pub memory: Option<WindowMemory>,
-}
-
-/// Host memory behind a window.
+/// Host memory behind a window. The VMM makes it one memory slot and keeps it until the VM is gone.
 pub struct WindowMemory {
     /// The mapping. The device may hold it too and change what is mapped inside.
-    pub mapping: Arc<std::sync::Mutex<Mapping>>,
-    /// Whether the memory slot is read-only for the guest.
-    pub read_only: bool,
+    pub mapping: Arc<Mutex<Mapping>>,
+    /// The image that it shows, if it shows one.
+    pub image: Option<Image>,
 }
 
 /// Why a device could not be built: one sentence for the user.
@@ -121,10 +124,21 @@ pub struct Kind {
     pub name: &'static str,
     /// The devices a configuration asks for. Pure: file sizes come from the facts.
     pub requests: fn(&VmConfig, &HostFacts) -> Vec<Request>,
+    /// The memory behind the window of a device that asked for one. It is made before the machine has its interrupt
+    /// controller and its vCPUs, and so before it is known what the device will be connected to.
+    pub map: fn(WindowContext<'_>) -> Result<WindowMemory, BuildError>,
     /// Builds one, for boot, restore and clone alike.
-    pub build: fn(BuildContext<'_>) -> Result<Built, BuildError>,
+    pub build: fn(BuildContext<'_>) -> Result<Box<dyn Device>, BuildError>,
     /// What its worker may call.
     pub syscalls: &'static [Syscall],
+}
+
+/// [`Kind::map`] of kinds whose devices have no window.
+///
+/// # Errors
+/// Always: a window was planned for a device that wants none.
+pub fn no_window(ctx: WindowContext<'_>) -> Result<WindowMemory, BuildError> {
+    Err(BuildError::Other { device: ctx.request.id.clone(), reason: "this kind of device has no window".into() })
 }
 
 /// Every kind of device, in the order of their PCI slots.

@@ -21,7 +21,7 @@ use vmm_config::{HostFacts, VmConfig};
 
 use crate::device::{Active, Broken, Device, Interrupt, Memory, SavedState, VirtQueue, WindowAddress};
 use crate::gpu::RendererFactory;
-use crate::registry::{BuildContext, BuildError, ConsoleEnds, Kind, WindowRequest};
+use crate::registry::{BuildContext, BuildError, ConsoleEnds, Kind, WindowContext, WindowRequest};
 use crate::worker::Worker;
 
 /// Guest RAM of the mock: 64 MiB at 0.
@@ -455,13 +455,14 @@ pub fn restore(
     let facts = HostFacts { file_sizes: files.collect(), ..HostFacts::default() };
     let requests = (kind.requests)(config, &facts);
     let request = requests.first().expect("the configuration has such a device");
-    let window = request.window.map(|window| match window {
-        WindowRequest::SharedMemory { len } | WindowRequest::Range { len } => {
-            WindowAddress { guest: GuestAddress(1 << 40), len }
+    let window = match request.window {
+        Some(WindowRequest::SharedMemory { len } | WindowRequest::Range { len }) => {
+            let memory = (kind.map)(WindowContext { config, request, len })?;
+            Some((WindowAddress { guest: GuestAddress(1 << 40), len }, memory))
         }
-    });
+        None => None,
+    };
     (kind.build)(BuildContext { config, request, window, console, listener: None, renderer, saved })
-        .map(|built| built.device)
 }
 
 /// Offers chains made from `bytes` to every queue of the device: garbage lengths, addresses, flags and indices. For

@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use writer::Writer;
 
-use crate::build::{BuildError, Confinement, Ingredients, Saved, build};
+use crate::build::{BuildError, Chassis, Confinement, Ingredients, Saved};
 use crate::events::EventMonitor;
 use crate::lifecycle::{Decision, decide};
 use crate::machine::{Machine, MachineEvent};
@@ -231,10 +231,35 @@ impl Vmm {
     /// Builds the machine that was created; it is paused.
     fn build(&mut self, plan: &Plan, saved: Option<Saved<'_>>) -> Result<(), VmmError> {
         self.generation += 1;
-        let report = self.reporter(self.generation);
-        let created = self.created.as_mut().ok_or_else(no_machine)?;
-        self.files.confine(&created.config, &self.own_sockets)?;
-        created.machine = Some(build(&Ingredients {
+        self.confine()?;
+        let chassis = self.chassis(plan, saved)?;
+        self.complete(chassis, plan, saved)
+    }
+
+    /// From now on the process reaches what the machine that was created needs, if that was asked for.
+    fn confine(&mut self) -> Result<(), VmmError> {
+        let created = self.created.as_ref().ok_or_else(no_machine)?;
+        Ok(self.files.confine(&created.config, &self.own_sockets)?)
+    }
+
+    /// Begins the machine that was created.
+    fn chassis(&self, plan: &Plan, saved: Option<Saved<'_>>) -> Result<Chassis, VmmError> {
+        let created = self.created.as_ref().ok_or_else(no_machine)?;
+        Ok(Chassis::new(&self.ingredients(created, plan, saved))?)
+    }
+
+    /// Completes the machine that was created; it is paused.
+    fn complete(&mut self, chassis: Chassis, plan: &Plan, saved: Option<Saved<'_>>) -> Result<(), VmmError> {
+        let created = self.created.as_ref().ok_or_else(no_machine)?;
+        let machine = chassis.build(&self.ingredients(created, plan, saved))?;
+        if let Some(created) = &mut self.created {
+            (created.machine, created.paused) = (Some(machine), true);
+        }
+        Ok(())
+    }
+
+    fn ingredients<'a>(&'a self, created: &'a Created, plan: &'a Plan, saved: Option<Saved<'a>>) -> Ingredients<'a> {
+        Ingredients {
             config: &created.config,
             plan,
             hypervisor: self.hypervisor.as_ref(),
@@ -243,11 +268,9 @@ impl Vmm {
             listeners: &created.listeners,
             renderer: self.renderer.as_ref(),
             confinement: self.confinement.as_ref(),
-            report,
+            report: self.reporter(self.generation),
             saved,
-        })?);
-        created.paused = true;
-        Ok(())
+        }
     }
 
     fn event(&mut self, source: &str, event: &str) {

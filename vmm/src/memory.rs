@@ -103,13 +103,13 @@ pub fn add_ram(vm: &dyn Vm, ram: &[PlannedRam], mem: &Memory) -> Result<(), Memo
 ///
 /// # Errors
 /// If KVM refuses.
-pub fn add_window(vm: &dyn Vm, window: PlannedWindow, mapping: &Mapping, read_only: bool) -> Result<(), MemoryError> {
+pub fn add_window(vm: &dyn Vm, window: PlannedWindow, mapping: &Mapping) -> Result<(), MemoryError> {
     let slot = MemorySlot {
         slot: window.slot,
         guest: window.start,
         len: window.len.min(mapping.len()),
         host: mapping.host_address(),
-        read_only,
+        read_only: false,
     };
     // SAFETY: the range is owned by `mapping`, which the machine drops after the VM, and nobody in this process reads
     // or writes it.

@@ -163,12 +163,13 @@ impl Zygote {
     }
 
     fn run_clone(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> Result<Outcome, Failed> {
-        let mut handed: BTreeMap<String, OwnedFd> = config.fds.iter().cloned().zip(fds).collect();
-        let server = handed.remove("api").map(Server::from_listener).transpose()?;
         let mut vmm = Vmm::new(self.hypervisor.clone(), (self.renderer)(), (self.confine)()?)?;
         (self.prepare)(&mut vmm)?;
         process::hold_end_signals(false)?;
-        vmm.clone_of(&self.template, config, handed)?;
+        let chassis = vmm.begin_clone(&self.template)?;
+        let mut handed: BTreeMap<String, OwnedFd> = config.fds.iter().cloned().zip(fds).collect();
+        let server = handed.remove("api").map(Server::from_listener).transpose()?;
+        vmm.finish_clone(chassis, &self.template, config, handed)?;
         // The guest runs. What it does not need for that comes now.
         if let Some(server) = server {
             vmm.serve(server);

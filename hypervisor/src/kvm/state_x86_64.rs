@@ -158,6 +158,13 @@ pub(super) fn restore(fd: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
     fd.set_vcpu_events(&state.events).map_err(operation("set a vCPU's pending events"))
 }
 
+/// Writes the registers that count time once more; the timer's deadline comes after its counter, as in the state.
+pub(super) fn set_time(fd: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
+    let time = |m: &&MsrEntry| [IA32_TSC, IA32_TSC_DEADLINE].contains(&m.index);
+    let registers: Vec<MsrEntry> = state.msrs.iter().filter(time).copied().collect();
+    set_msrs(fd, &registers)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -190,6 +190,10 @@ impl Vcpu for KvmVcpu {
         Ok(())
     }
 
+    fn set_time(&mut self, state: &VcpuState) -> Result<(), Error> {
+        state_x86_64::set_time(&self.fd, state)
+    }
+
     fn notify_paused(&self) {
         // Refused when the guest uses no kvmclock: then there is nothing to tell.
         if let Err(e) = self.fd.kvmclock_ctrl() {

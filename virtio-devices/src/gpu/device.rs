@@ -115,21 +115,16 @@ type Reply = Result<(u32, Vec<u8>), u32>;
 const OK: Reply = Ok((resp::OK_NODATA, Vec::new()));
 
 impl Gpu {
-    /// A device with a window of `window` bytes in front of `renderer`, which wakes it through `wake`.
-    pub(super) fn new(
-        renderer: Box<dyn Renderer>,
-        wake: OwnedFd,
-        window: u64,
-        limits: Limits,
-    ) -> Result<Self, WindowError> {
+    /// A device with a window in front of `renderer`, which wakes it through `wake`.
+    pub(super) fn new(renderer: Box<dyn Renderer>, wake: OwnedFd, window: Window, limits: Limits) -> Self {
         let capsets = renderer.capsets();
         let num_capsets = u32::try_from(capsets.len()).unwrap_or(0).into();
         let config = Config { num_capsets, ..Config::default() };
-        Ok(Self {
+        Self {
             config: ConfigSpace::read_only(config.as_bytes().to_vec()),
             renderer,
             capsets,
-            window: Window::new(window)?,
+            window,
             wake,
             waiting: FenceTable::default(),
             contexts: BTreeSet::new(),
@@ -139,7 +134,7 @@ impl Gpu {
             limits,
             orphans: false,
             request: Vec::new(),
-        })
+        }
     }
 
     /// The addresses behind the window.

@@ -14,6 +14,7 @@ mod tests;
 mod window;
 
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
 
 use vmm_config::{GpuConfig, HostFacts, VmConfig};
 
@@ -24,10 +25,14 @@ pub use renderer::{
 };
 pub use window::{Backing, WindowError};
 
-use crate::registry::{BuildContext, BuildError, Built, Kind, Request, Syscall, WindowMemory, WindowRequest};
+use window::Window;
+
+use crate::device::Device;
+use crate::mapping::Mapping;
+use crate::registry::{BuildContext, BuildError, Kind, Request, Syscall, WindowContext, WindowMemory, WindowRequest};
 
 /// The kind's entry in the registry.
-pub const KIND: Kind = Kind { name: "gpu", requests, build, syscalls: SYSCALLS };
+pub const KIND: Kind = Kind { name: "gpu", requests, map, build, syscalls: SYSCALLS };
 
 fn requests(config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
     let request = |(index, gpu): (usize, &GpuConfig)| Request {
@@ -38,21 +43,27 @@ fn requests(config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
     config.gpu.iter().enumerate().map(request).collect()
 }
 
-fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
+fn map(ctx: WindowContext<'_>) -> Result<WindowMemory, BuildError> {
+    let mapping = Mapping::reserve(ctx.len).map_err(|e| BuildError::Other {
+        device: ctx.request.id.clone(),
+        reason: format!("cannot reserve {:#x} bytes of addresses for window=: {e}; choose a smaller one", ctx.len),
+    })?;
+    Ok(WindowMemory { mapping: Arc::new(Mutex::new(mapping)), image: None })
+}
+
+fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
     let fail = |reason: String| BuildError::Other { device: ctx.request.id.clone(), reason };
     let gpu = ctx.config.gpu.get(ctx.request.index).ok_or_else(|| fail("not in the configuration".into()))?;
     let wayland = gpu.wayland.as_deref().ok_or_else(|| fail("wayland= (the compositor's socket) is missing".into()))?;
     let wake = device::wakeup().map_err(|e| fail(format!("cannot make an eventfd: {e}")))?;
     let args = RendererArgs { wayland, wake: device::waker(&wake).map_err(|e| fail(e.to_string()))? };
     let renderer = ctx.renderer.create(args).map_err(|e| fail(e.to_string()))?;
-    let mut device = Gpu::new(renderer, wake, gpu.window, Limits::for_window(gpu.window)).map_err(|e| {
-        fail(format!("cannot reserve {:#x} bytes of addresses for window=: {e}; choose a smaller one", gpu.window))
-    })?;
+    let (window, memory) = ctx.window.ok_or_else(|| fail("it was given no guest addresses".into()))?;
+    let mut device = Gpu::new(renderer, wake, Window::new(memory.mapping, window.len), Limits::for_window(window.len));
     if let Some(saved) = ctx.saved {
         device.restore(saved).map_err(fail)?;
     }
-    let memory = WindowMemory { mapping: device.window(), read_only: false };
-    Ok(Built { device: Box::new(device), memory: Some(memory) })
+    Ok(Box::new(device))
 }
 
 /// A device for tests and fuzzers, with an eventfd of its own.
@@ -69,7 +80,8 @@ pub fn with_factory(
     let wake: OwnedFd = device::wakeup().map_err(|e| failed(e.to_string()))?;
     let args = RendererArgs { wayland, wake: device::waker(&wake).map_err(|e| failed(e.to_string()))? };
     let renderer = factory.create(args)?;
-    Gpu::new(renderer, wake, window, limits).map_err(|e| failed(e.to_string()))
+    let mapping = Mapping::reserve(window).map_err(|e| failed(e.to_string()))?;
+    Ok(Gpu::new(renderer, wake, Window::new(Arc::new(Mutex::new(mapping)), window), limits))
 }
 
 /// Of the device's thread, rutabaga's for each context, and the relay's, which all inherit its filter.

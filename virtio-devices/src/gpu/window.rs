@@ -140,13 +140,10 @@ pub struct Window {
 }
 
 impl Window {
-    /// An empty region of `len` bytes.
-    ///
-    /// # Errors
-    /// If `len` is no multiple of the page size or the process has not so many addresses.
-    pub fn new(len: u64) -> Result<Self, WindowError> {
-        let mapping = Arc::new(Mutex::new(Mapping::reserve(len)?));
-        Ok(Self { mapping, len, placed: BTreeMap::new(), offsets: HashMap::new(), ghosts: Vec::new() })
+    /// An empty region: the `len` bytes of `mapping`, in which nothing is mapped.
+    #[must_use]
+    pub fn new(mapping: Arc<Mutex<Mapping>>, len: u64) -> Self {
+        Self { mapping, len, placed: BTreeMap::new(), offsets: HashMap::new(), ghosts: Vec::new() }
     }
 
     /// Its length in bytes.
@@ -298,7 +295,7 @@ mod tests {
 
     #[test]
     fn blobs_do_not_overlap_leave_the_window_or_sit_between_pages() {
-        let mut w = Window::new(16 * PAGE_SIZE).unwrap();
+        let mut w = Window::new(Arc::new(Mutex::new(Mapping::reserve(16 * PAGE_SIZE).unwrap())), 16 * PAGE_SIZE);
         let b = Backing::of(memfd(4 * PAGE_SIZE, SealFlags::empty()), 4 * PAGE_SIZE).unwrap();
         w.place(1, 4 * PAGE_SIZE, 4 * PAGE_SIZE, &b).unwrap();
         for offset in [PAGE_SIZE, 4 * PAGE_SIZE, 5 * PAGE_SIZE, 7 * PAGE_SIZE] {
@@ -322,7 +319,7 @@ mod tests {
 
     #[test]
     fn after_a_restore_old_blobs_are_zeros() {
-        let mut w = Window::new(16 * PAGE_SIZE).unwrap();
+        let mut w = Window::new(Arc::new(Mutex::new(Mapping::reserve(16 * PAGE_SIZE).unwrap())), 16 * PAGE_SIZE);
         w.haunt(&[(PAGE_SIZE, 2 * PAGE_SIZE)]).unwrap();
         assert_eq!(w.ranges(), [(PAGE_SIZE, 2 * PAGE_SIZE)]);
         assert!(w.haunt(&[(15 * PAGE_SIZE, 2 * PAGE_SIZE)]).is_err());

@@ -23,12 +23,12 @@ use vmm_config::{HostFacts, PmemConfig, VmConfig};
 
 pub use device::Pmem;
 
-use crate::device::{SavedState, WindowAddress};
+use crate::device::{Device, SavedState, WindowAddress};
 use crate::mapping::{self, Mapping, PAGE_SIZE};
-use crate::registry::{BuildContext, BuildError, Built, Kind, Request, Syscall, WindowMemory, WindowRequest};
+use crate::registry::{BuildContext, BuildError, Kind, Request, Syscall, WindowContext, WindowMemory, WindowRequest};
 
 /// The kind's entry in the registry.
-pub const KIND: Kind = Kind { name: "pmem", requests, build, syscalls: SYSCALLS };
+pub const KIND: Kind = Kind { name: "pmem", requests, map, build, syscalls: SYSCALLS };
 
 /// The window's length is a multiple of this, in bytes: what Linux asks of persistent memory regions.
 const ALIGNMENT: u64 = 2 << 20;
@@ -62,36 +62,46 @@ fn window_len(size: u64) -> u64 {
     size.max(1).checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX - (ALIGNMENT - 1))
 }
 
-fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
+fn map(ctx: WindowContext<'_>) -> Result<WindowMemory, BuildError> {
+    show(&ctx.request.id, ctx.config.pmem.get(ctx.request.index), ctx.len)
+}
+
+fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
     create(&ctx.request.id, ctx.config.pmem.get(ctx.request.index), ctx.window, ctx.saved)
 }
 
-fn create(
-    id: &str,
-    config: Option<&PmemConfig>,
-    window: Option<WindowAddress>,
-    saved: Option<&SavedState>,
-) -> Result<Built, BuildError> {
+/// Maps the image into a window of `len` bytes.
+fn show(id: &str, config: Option<&PmemConfig>, len: u64) -> Result<WindowMemory, BuildError> {
     let other = |reason: String| BuildError::Other { device: id.to_owned(), reason };
     let config = config.ok_or_else(|| other("it has no configuration".into()))?;
-    let window = window.ok_or_else(|| other("it was given no guest addresses".into()))?;
     let image = open(id, config)?;
     let name = config.file.display();
     if image.size() == 0 {
         return Err(other(format!("{name} is empty; a persistent memory image needs at least one byte")));
     }
-    if config.size.is_none() && image.size() > window.len {
-        let (size, len) = (image.size(), window.len);
+    if config.size.is_none() && image.size() > len {
+        let size = image.size();
         return Err(other(format!("{name} has grown to {size} bytes, the guest has {len} for it; start it again")));
     }
+    let mapping = map_image(&image, len, config.discard_writes).map_err(|e| other(format!("{name}: {e}")))?;
+    Ok(WindowMemory { mapping: Arc::new(Mutex::new(mapping)), image: Some(image) })
+}
+
+fn create(
+    id: &str,
+    config: Option<&PmemConfig>,
+    window: Option<(WindowAddress, WindowMemory)>,
+    saved: Option<&SavedState>,
+) -> Result<Box<dyn Device>, BuildError> {
+    let other = |reason: String| BuildError::Other { device: id.to_owned(), reason };
+    let config = config.ok_or_else(|| other("it has no configuration".into()))?;
+    let (window, memory) = window.ok_or_else(|| other("it was given no guest addresses".into()))?;
+    let image = memory.image.ok_or_else(|| other("no image was mapped for it".into()))?;
     let state = State { image_size: image.size(), discard_writes: config.discard_writes };
     if let Some(saved) = saved {
-        check_saved(saved, &state).map_err(|e| other(format!("{name}: {e}")))?;
+        check_saved(saved, &state).map_err(|e| other(format!("{}: {e}", config.file.display())))?;
     }
-    let mapping = map(&image, window, config.discard_writes).map_err(|e| other(format!("{name}: {e}")))?;
-    let mapping = Arc::new(Mutex::new(mapping));
-    let device = Pmem { image, path: config.file.clone(), window, mapping: mapping.clone(), state };
-    Ok(Built { device: Box::new(device), memory: Some(WindowMemory { mapping, read_only: false }) })
+    Ok(Box::new(Pmem { image, path: config.file.clone(), window, mapping: memory.mapping, state }))
 }
 
 fn open(id: &str, config: &PmemConfig) -> Result<Image, BuildError> {
@@ -119,13 +129,13 @@ fn image_pages(image: &Image, len: u64) -> u64 {
 }
 
 /// Maps the image at the start of the window, the partial last page included, and zero pages after it.
-fn map(image: &Image, window: WindowAddress, discard_writes: bool) -> Result<Mapping, mapping::Error> {
-    let mut mapping = Mapping::reserve(window.len)?;
-    let pages = image_pages(image, window.len);
+fn map_image(image: &Image, len: u64, discard_writes: bool) -> Result<Mapping, mapping::Error> {
+    let mut mapping = Mapping::reserve(len)?;
+    let pages = image_pages(image, len);
     let access = if discard_writes { mapping::Access::Private } else { mapping::Access::Shared };
     mapping.map_file(0, pages, image.as_fd(), 0, access)?;
-    if pages < window.len {
-        mapping.map_zero(pages, window.len - pages, true)?;
+    if pages < len {
+        mapping.map_zero(pages, len - pages, true)?;
     }
     Ok(mapping)
 }

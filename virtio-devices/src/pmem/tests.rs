@@ -32,10 +32,20 @@ fn facts(path: &Path) -> HostFacts {
     facts
 }
 
+/// A device and the memory of its window.
+struct Built {
+    device: Box<dyn Device>,
+    mapping: Arc<Mutex<Mapping>>,
+}
+
 fn try_make(config: &VmConfig, facts: &HostFacts, saved: Option<&SavedState>) -> Result<Built, BuildError> {
     let request = requests(config, facts).remove(0);
     let Some(WindowRequest::Range { len }) = request.window else { panic!("{request:?}") };
-    create(&request.id, config.pmem.get(request.index), Some(WindowAddress { guest: GUEST, len }), saved)
+    let pmem = config.pmem.get(request.index);
+    let memory = show(&request.id, pmem, len)?;
+    let mapping = memory.mapping.clone();
+    let device = create(&request.id, pmem, Some((WindowAddress { guest: GUEST, len }, memory)), saved)?;
+    Ok(Built { device, mapping })
 }
 
 fn make(path: &Path, discard_writes: bool) -> Built {
@@ -49,7 +59,7 @@ fn refusal(path: &Path, discard_writes: bool) -> String {
 
 /// The guest's access to byte `at` of the window.
 fn byte(built: &Built, at: u64) -> *mut u8 {
-    let mapping = built.memory.as_ref().unwrap().mapping.lock().unwrap();
+    let mapping = built.mapping.lock().unwrap();
     assert!(at < mapping.len());
     (mapping.host_address() + at) as *mut u8
 }
@@ -73,7 +83,7 @@ fn an_odd_sized_file_is_padded_with_zeroes() {
     let file = image((2 << 20) + 5000);
     for discard in [true, false] {
         let built = make(file.path(), discard);
-        assert_eq!(built.memory.as_ref().unwrap().mapping.lock().unwrap().len(), 4 << 20);
+        assert_eq!(built.mapping.lock().unwrap().len(), 4 << 20);
         let space = built.device.traits().config.bytes();
         assert_eq!(space, [(4u64 << 30).to_le_bytes(), (4u64 << 20).to_le_bytes()].concat());
         let end = (2 << 20) + 5000;

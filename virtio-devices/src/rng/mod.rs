@@ -10,10 +10,11 @@ use vmm_config::{HostFacts, VmConfig};
 
 pub use device::Rng;
 
-use crate::registry::{BuildContext, BuildError, Built, Kind, Request};
+use crate::device::Device;
+use crate::registry::{BuildContext, BuildError, Kind, Request, no_window};
 
 /// The kind's entry in the registry.
-pub const KIND: Kind = Kind { name: "rng", requests, build, syscalls: &[] };
+pub const KIND: Kind = Kind { name: "rng", requests, map: no_window, build, syscalls: &[] };
 
 /// Version of the saved state, which is empty.
 const STATE_VERSION: u32 = 1;
@@ -22,7 +23,7 @@ fn requests(_config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
     vec![Request { id: "_rng".into(), index: 0, window: None }]
 }
 
-fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
+fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
     if let Some(saved) = ctx.saved {
         let other = |reason| BuildError::Other { device: ctx.request.id.clone(), reason };
         saved.read::<()>(KIND.name, STATE_VERSION).map_err(|e| other(e.to_string()))?;
@@ -33,5 +34,5 @@ fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
         path: path.clone(),
         source,
     })?;
-    Ok(Built { device: Box::new(Rng::new(source)), memory: None })
+    Ok(Box::new(Rng::new(source)))
 }

@@ -23,10 +23,11 @@ use vmm_config::{HostFacts, VmConfig};
 pub use device::{Vsock, VsockError};
 pub use socket::SocketError;
 
-use crate::registry::{BuildContext, BuildError, Built, Kind, Request, Syscall};
+use crate::device::Device;
+use crate::registry::{BuildContext, BuildError, Kind, Request, Syscall, no_window};
 
 /// The kind's entry in the registry.
-pub const KIND: Kind = Kind { name: "vsock", requests, build, syscalls: SYSCALLS };
+pub const KIND: Kind = Kind { name: "vsock", requests, map: no_window, build, syscalls: SYSCALLS };
 
 /// Version of the saved state, which is empty.
 const STATE_VERSION: u32 = 1;
@@ -40,7 +41,7 @@ fn requests(config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
     config.vsock.iter().map(request).collect()
 }
 
-fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
+fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
     let fail = |reason: String| BuildError::Other { device: ctx.request.id.clone(), reason };
     let config = ctx.config.vsock.as_ref().ok_or_else(|| fail("the configuration has no vsock section".into()))?;
     if let Some(saved) = ctx.saved {
@@ -48,7 +49,7 @@ fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
     }
     let device =
         Vsock::new(config.cid, &config.socket, ctx.listener, ctx.saved.is_some()).map_err(|e| fail(e.to_string()))?;
-    Ok(Built { device: Box::new(device), memory: None })
+    Ok(Box::new(device))
 }
 
 const SYSCALLS: &[Syscall] = &[

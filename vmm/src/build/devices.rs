@@ -1,14 +1,14 @@
-//! Virtio devices: built by their kinds, then attached to the PCI bus.
+//! Virtio devices: their windows are mapped by their kinds, then they are built and attached to the PCI bus.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use devices::irq::{Msi, MsiSink};
 use hypervisor::Vm;
-use virtio_devices::device::{Device, Memory, WindowAddress};
-use virtio_devices::mapping::Mapping;
-use virtio_devices::registry::{BuildContext, KINDS, Kind, Request};
+use virtio_devices::device::{Memory, WindowAddress};
+use virtio_devices::registry::{BuildContext, KINDS, Kind, Request, WindowContext, WindowMemory};
 use virtio_devices::transport::{BAR0_SIZE, Doorbells, PciTransport, Setup};
 use vm_memory::{GuestAddress, GuestMemoryAtomic};
 use vmm_sys_util::eventfd::EventFd;
@@ -19,46 +19,26 @@ use crate::memory;
 use crate::plan::{PlannedDevice, WindowKind};
 use crate::snapshot::SavedDevice;
 
-/// A device that was built and is not attached yet.
-pub struct BuiltDevice<'a> {
-    planned: &'a PlannedDevice,
-    kind: &'static Kind,
-    device: Box<dyn Device>,
-    /// Host memory of its window.
-    pub window: Option<Arc<Mutex<Mapping>>>,
+fn kind_of(planned: &PlannedDevice) -> Result<&'static Kind, BuildError> {
+    let kind = KINDS.iter().find(|k| k.name == planned.kind);
+    kind.copied().ok_or_else(|| BuildError::Plan(format!("no device kind is called {}", planned.kind)))
 }
 
-/// Builds the planned devices and shows their windows to the guest.
-pub fn build<'a>(from: &Ingredients<'a>, vm: &dyn Vm) -> Result<Vec<BuiltDevice<'a>>, BuildError> {
-    let mut all = Vec::new();
-    for (index, planned) in from.plan.devices.iter().enumerate() {
-        let kind = KINDS.iter().find(|k| k.name == planned.kind);
-        let kind = *kind.ok_or_else(|| BuildError::Plan(format!("no device kind is called {}", planned.kind)))?;
-        let console = from.console.map(|s| s.ends()).transpose();
-        let listener = from.listeners.get(&planned.id).map(OwnedFd::try_clone).transpose();
-        let request = Request { id: planned.id.clone(), index: planned.index, window: None };
-        let built = (kind.build)(BuildContext {
-            config: from.config,
-            request: &request,
-            window: planned.window.map(|w| WindowAddress { guest: GuestAddress(w.start), len: w.len }),
-            console: console.map_err(|source| BuildError::Host { what: "open the console", source })?,
-            listener: listener.map_err(|source| BuildError::Host { what: "take over a device's socket", source })?,
-            renderer: from.renderer,
-            saved: saved_device(from, index).map(|saved| &saved.device),
-        })?;
-        let window = match (planned.window, built.memory) {
-            (Some(planned), Some(memory)) => {
-                let mapping = memory.mapping.lock().unwrap_or_else(PoisonError::into_inner);
-                memory::add_window(vm, planned, &mapping, memory.read_only)?;
-                drop(mapping);
-                Some(memory.mapping)
-            }
-            (None, None) => None,
-            _ => return Err(BuildError::Plan(format!("{} and its window do not belong together", planned.id))),
-        };
-        all.push(BuiltDevice { planned, kind, device: built.device, window });
+fn request_of(planned: &PlannedDevice) -> Request {
+    Request { id: planned.id.clone(), index: planned.index, window: None }
+}
+
+/// Makes the windows of the planned devices, by the number of the device, and shows them to the guest.
+pub fn map_windows(from: &Ingredients<'_>, vm: &dyn Vm) -> Result<BTreeMap<usize, WindowMemory>, BuildError> {
+    let mut windows = BTreeMap::new();
+    for (number, planned) in from.plan.devices.iter().enumerate() {
+        let Some(window) = planned.window else { continue };
+        let context = WindowContext { config: from.config, request: &request_of(planned), len: window.len };
+        let memory = (kind_of(planned)?.map)(context)?;
+        memory::add_window(vm, window, &memory.mapping.lock().unwrap_or_else(PoisonError::into_inner))?;
+        windows.insert(number, memory);
     }
-    Ok(all)
+    Ok(windows)
 }
 
 /// What a snapshot says of the plan's device number `index`.
@@ -94,28 +74,42 @@ pub fn msi_sink(vm: &Arc<dyn Vm>) -> Arc<dyn MsiSink> {
     Arc::new(ThroughKvm(vm.clone()))
 }
 
-/// Puts the built devices into their PCI slots.
-pub fn attach(
+/// Builds the planned devices and puts them into their PCI slots.
+pub fn build(
     from: &Ingredients<'_>,
-    built: Vec<BuiltDevice<'_>>,
+    mut windows: BTreeMap<usize, WindowMemory>,
     vm: &Arc<dyn Vm>,
     mem: &GuestMemoryAtomic<Memory>,
     platform: &mut Platform,
 ) -> Result<Vec<Arc<PciTransport>>, BuildError> {
     let through = Arc::new(ThroughKvm(vm.clone()));
     let mut transports = Vec::new();
-    for (index, BuiltDevice { planned, kind, device, .. }) in built.into_iter().enumerate() {
-        let window = planned.window.filter(|w| w.kind == WindowKind::SharedMemory);
+    for (number, planned) in from.plan.devices.iter().enumerate() {
+        let kind = kind_of(planned)?;
+        let saved = saved_device(from, number);
+        let address = planned.window.map(|w| WindowAddress { guest: GuestAddress(w.start), len: w.len });
+        let console = from.console.map(|s| s.ends()).transpose();
+        let listener = from.listeners.get(&planned.id).map(OwnedFd::try_clone).transpose();
+        let device = (kind.build)(BuildContext {
+            config: from.config,
+            request: &request_of(planned),
+            window: address.zip(windows.remove(&number)),
+            console: console.map_err(|source| BuildError::Host { what: "open the console", source })?,
+            listener: listener.map_err(|source| BuildError::Host { what: "take over a device's socket", source })?,
+            renderer: from.renderer,
+            saved: saved.map(|saved| &saved.device),
+        })?;
+        let is_bar = planned.window.is_some_and(|w| w.kind == WindowKind::SharedMemory);
         let transport = PciTransport::new(Setup {
             id: planned.id.clone(),
             device,
             bar0: planned.bar0,
-            shared_memory: window.map(|w| WindowAddress { guest: GuestAddress(w.start), len: w.len }),
+            shared_memory: address.filter(|_| is_bar),
             mem: mem.clone(),
             msi: through.clone(),
             doorbells: through.clone(),
             thread_setup: from.confinement.device(kind),
-            saved: saved_device(from, index).map(|saved| &saved.transport),
+            saved: saved.map(|saved| &saved.transport),
         })
         .map_err(|source| BuildError::Host { what: "make a device's PCI function", source })?;
         if !platform.pci.insert(planned.pci_slot, transport.clone()) {

@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use ::devices::platform::{VmGenId, VmGenIdError};
 use arch::layout::{VM_GENERATION_ID, port::GED_EVENT_VM_GENERATION};
-use hypervisor::Hypervisor;
+use hypervisor::{Hypervisor, Vcpu, Vm};
 use virtio_devices::device::Memory;
 use virtio_devices::gpu::RendererFactory;
-use virtio_devices::registry::{BuildError as DeviceError, Kind};
+use virtio_devices::registry::{BuildError as DeviceError, Kind, WindowMemory};
 use vm_memory::{GuestAddress, GuestMemoryAtomic};
 use vmm_config::VmConfig;
 
@@ -146,44 +146,75 @@ pub enum SavedMemory<'a> {
     OnDemand(&'a Source),
 }
 
-/// Builds a machine; it is paused. Memory slots come before the interrupt controller, which is much cheaper that way.
-///
-/// # Errors
-/// If the host lacks something the configuration names.
-pub fn build(from: &Ingredients<'_>) -> Result<Machine, BuildError> {
-    let plan = from.plan;
-    let vm = from.hypervisor.create_vm()?;
-    let ram = allocate_ram(from)?;
-    let ondemand = match from.saved.map(|saved| saved.memory) {
-        Some(SavedMemory::OnDemand(source)) => {
-            Some(OnDemand::start(source, &ram, from.confinement.ondemand(), from.report.clone())?)
-        }
-        _ => None,
-    };
-    memory::add_ram(vm.as_ref(), &plan.ram, &ram)?;
-    let built = devices::build(from, vm.as_ref())?;
-    let windows = built.iter().filter_map(|d| d.window.clone()).collect();
-    vm.create_interrupt_controller(arch::layout::gsi::IOAPIC_PINS)?;
-    let mut platform = platform::Platform::new(from, &vm)?;
-    let mem = GuestMemoryAtomic::new(ram.clone());
-    let transports = devices::attach(from, built, &vm, &mem, &mut platform)?;
-    let (buses, parts) = platform.finish()?;
-    let vcpus = match from.saved {
-        None => platform::create_vcpus(from, vm.as_ref(), payload::load(from, &ram)?)?,
-        Some(saved) => {
+/// What a machine has before it is known what it will be connected to: memory, the windows of its devices, interrupt
+/// controller and vCPUs. It is most of the work. Memory slots come before the interrupt controller, which is much cheaper
+/// that way.
+pub struct Chassis {
+    vcpus: Vec<Box<dyn Vcpu>>,
+    windows: BTreeMap<usize, WindowMemory>,
+    vm: Arc<dyn Vm>,
+    ondemand: Option<OnDemand>,
+    ram: Memory,
+}
+
+impl Chassis {
+    /// Begins a machine. Streams and sockets of `from` are not looked at.
+    ///
+    /// # Errors
+    /// If the host lacks something the configuration names.
+    pub fn new(from: &Ingredients<'_>) -> Result<Self, BuildError> {
+        let plan = from.plan;
+        let vm = from.hypervisor.create_vm()?;
+        let ram = allocate_ram(from)?;
+        let ondemand = match from.saved.map(|saved| saved.memory) {
+            Some(SavedMemory::OnDemand(source)) => {
+                Some(OnDemand::start(source, &ram, from.confinement.ondemand(), from.report.clone())?)
+            }
+            _ => None,
+        };
+        memory::add_ram(vm.as_ref(), &plan.ram, &ram)?;
+        let windows = devices::map_windows(from, vm.as_ref())?;
+        vm.create_interrupt_controller(arch::layout::gsi::IOAPIC_PINS)?;
+        let vcpus = match from.saved {
+            None => platform::create_vcpus(from, vm.as_ref(), payload::load(from, &ram)?)?,
+            Some(saved) => platform::restore_vcpus(saved.state, vm.as_ref())?,
+        };
+        Ok(Self { vcpus, windows, vm, ondemand, ram })
+    }
+
+    /// Sets the clocks to what `saved` says once more, for a machine that has waited since they were.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses.
+    pub fn set_clocks(&mut self, saved: &MachineState) -> Result<(), BuildError> {
+        self.vm.set_clock(saved.clock)?;
+        let vcpus = self.vcpus.iter_mut().zip(&saved.vcpus);
+        Ok(vcpus.map(|(vcpu, state)| vcpu.set_time(state)).collect::<Result<_, _>>()?)
+    }
+
+    /// Completes the machine; it is paused.
+    ///
+    /// # Errors
+    /// As [`Chassis::new`].
+    pub fn build(self, from: &Ingredients<'_>) -> Result<Machine, BuildError> {
+        let Self { vcpus, windows, vm, ondemand, ram } = self;
+        let mut platform = platform::Platform::new(from, &vm)?;
+        let mem = GuestMemoryAtomic::new(ram.clone());
+        let mappings = windows.values().map(|window| window.mapping.clone()).collect();
+        let transports = devices::build(from, windows, &vm, &mem, &mut platform)?;
+        let (buses, parts) = platform.finish()?;
+        if let Some(saved) = from.saved {
             parts.restore(saved.state);
-            let vcpus = platform::restore_vcpus(saved.state, vm.as_ref())?;
             // Not before the local APICs have their state, or the event's interrupt would be lost.
             let address = GuestAddress(VM_GENERATION_ID);
             VmGenId::new(address, parts.events.clone(), GED_EVENT_VM_GENERATION).renew(&ram)?;
-            vcpus
         }
-    };
-    let start = Vcpus::start(vcpus, &Arc::new(buses), &from.confinement.vcpu(), &from.report);
-    let vcpus = start.map_err(|source| BuildError::Host { what: "start a vCPU's thread", source })?;
-    // Of what was touched here.
-    ondemand.as_ref().map_or(Ok(()), OnDemand::check)?;
-    Ok(Machine { vcpus, transports, parts, vm, plan: plan.clone(), _windows: windows, ondemand, ram })
+        let start = Vcpus::start(vcpus, &Arc::new(buses), &from.confinement.vcpu(), &from.report);
+        let vcpus = start.map_err(|source| BuildError::Host { what: "start a vCPU's thread", source })?;
+        // Of what was touched here.
+        ondemand.as_ref().map_or(Ok(()), OnDemand::check)?;
+        Ok(Machine { vcpus, transports, parts, vm, plan: from.plan.clone(), _windows: mappings, ondemand, ram })
+    }
 }
 
 fn allocate_ram(from: &Ingredients<'_>) -> Result<Memory, BuildError> {

@@ -11,7 +11,7 @@ use vmm_config::{CloneConfig, ConsoleConfig, MemoryRestoreMode, RestoreConfig, S
 
 use super::writer::Writer;
 use super::{Created, Vmm, VmmError, no_machine};
-use crate::build::{Saved, SavedMemory};
+use crate::build::{Chassis, Saved, SavedMemory};
 use crate::snapshot::{Destination, Snapshot, SnapshotError, Source, Template};
 use crate::stream::Stream;
 
@@ -78,18 +78,32 @@ impl Vmm {
         self.build(&snapshot.state.plan, Some(saved))
     }
 
-    /// Makes a machine like the one of `template`, which shares its memory until it changes it, and lets it run. `handed`
-    /// are descriptors for its serial port, its console and its devices.
+    /// Begins a machine like the one of `template`, which shares its memory until it changes it.
     ///
     /// # Errors
     /// If something the configuration names cannot be had.
-    pub(crate) fn clone_of(
+    pub(crate) fn begin_clone(&mut self, template: &Template) -> Result<Chassis, VmmError> {
+        let config = template.config.clone();
+        let listeners = BTreeMap::new();
+        self.created = Some(Created { config, serial: None, console: None, listeners, machine: None, paused: false });
+        self.generation += 1;
+        self.chassis(&template.state.plan, Some(template.saved()))
+    }
+
+    /// Completes what [`Vmm::begin_clone`] began, and lets it run. `handed` are descriptors for its serial port, its console
+    /// and its devices.
+    ///
+    /// # Errors
+    /// If something the configuration names cannot be had.
+    pub(crate) fn finish_clone(
         &mut self,
+        chassis: Chassis,
         template: &Template,
         clone: &CloneConfig,
         mut handed: BTreeMap<String, OwnedFd>,
     ) -> Result<(), VmmError> {
-        let mut config = template.config.clone();
+        let created = self.created.as_mut().ok_or_else(no_machine)?;
+        let config = &mut created.config;
         if let (Some(vsock), Some(path)) = (&mut config.vsock, &clone.vsock_socket) {
             vsock.socket.clone_from(path);
         }
@@ -100,10 +114,10 @@ impl Vmm {
             Some(fd) => Stream::inherited(fd).map(Some),
             None => Stream::open(config),
         };
-        let (serial, console) = (stream("serial", &config.serial)?, stream("console", &config.console)?);
-        self.created = Some(Created { config, serial, console, listeners: handed, machine: None, paused: false });
-        let saved = Saved { state: &template.state, memory: SavedMemory::CopyOnWrite(&template.memory) };
-        self.build(&template.state.plan, Some(saved))?;
+        (created.serial, created.console) = (stream("serial", &config.serial)?, stream("console", &config.console)?);
+        created.listeners = handed;
+        self.confine()?;
+        self.complete(chassis, &template.state.plan, Some(template.saved()))?;
         if clone.paused { Ok(()) } else { self.resume() }
     }
 

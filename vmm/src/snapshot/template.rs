@@ -8,6 +8,8 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vmm_config::VmConfig;
 
+use crate::build::{Saved, SavedMemory};
+
 use super::{MachineState, Snapshot, SnapshotError, file_error};
 
 /// A template in memory.
@@ -39,5 +41,10 @@ impl Template {
         let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         fcntl_add_seals(&file, seals).map_err(|e| fail(e.into()))?;
         Ok(Self { config, state, memory: Arc::new(file) })
+    }
+
+    /// What a clone is made from.
+    pub(crate) fn saved(&self) -> Saved<'_> {
+        Saved { state: &self.state, memory: SavedMemory::CopyOnWrite(&self.memory) }
     }
 }
