@@ -23,9 +23,18 @@ use crate::{Vmm, VmmCommand};
 /// If it does not start.
 #[must_use]
 pub fn start(directory: &Path) -> (Vmm, Client) {
+    start_with_pool(directory, 0)
+}
+
+/// The same, with clones that wait.
+///
+/// # Panics
+/// If it does not start.
+#[must_use]
+pub fn start_with_pool(directory: &Path, pool: u8) -> (Vmm, Client) {
     let command = VmmCommand::new();
     let socket = command.path("api");
-    let flag = format!("source_url=file://{},socket={}", directory.display(), socket.display());
+    let flag = format!("source_url=file://{},socket={},pool={pool}", directory.display(), socket.display());
     let mut zygote = command.arg("--zygote", flag).spawn();
     let client = zygote.client();
     (zygote, client)
@@ -41,20 +50,25 @@ pub fn end(pid: Pid) {
     poll(&mut [PollFd::new(&process, PollFlags::IN)], None).expect("a process can be waited for");
 }
 
-/// The processes that a zygote has made and that have not ended, as soon as those that just did are gone.
+/// The processes that a zygote has made and that have not ended, as soon as there are `count` of them: those that just did
+/// are gone then, and those of a pool are there.
 ///
 /// # Panics
-/// If it is not there.
+/// If the zygote is not there, or there are never so many.
 #[must_use]
-pub fn children(zygote: &Vmm) -> String {
+pub fn children(zygote: &Vmm, count: usize) -> Vec<Pid> {
     let path = format!("/proc/{0}/task/{0}/children", zygote.pid());
-    let children = || std::fs::read_to_string(&path).expect("the zygote lives").trim().to_owned();
-    // Who can be waited for is a child for a moment more, and nothing tells of the end of that.
+    // Nothing tells of either moment.
     let deadline = Instant::now() + Duration::from_secs(10);
-    while !children().is_empty() && Instant::now() < deadline {
+    loop {
+        let text = std::fs::read_to_string(&path).expect("the zygote lives");
+        let pids: Vec<Pid> = text.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect();
+        if pids.len() == count {
+            return pids;
+        }
+        assert!(Instant::now() < deadline, "{} processes instead of {count}", pids.len());
         std::thread::sleep(Duration::from_millis(20));
     }
-    children()
 }
 
 /// An identity that no other VM has.

@@ -1,12 +1,14 @@
 //! Clones: many machines of one snapshot, each a process of its own.
 
+use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tests::{VmmCommand, tiny, zygote};
 use vmm_api::{Client, Request};
 use vmm_config::{CloneConfig, SnapshotConfig};
@@ -157,5 +159,85 @@ fn a_thousand_clones_leave_nothing_behind() {
     let (fds, kib) = before.unwrap();
     assert_eq!(descriptors(), fds);
     assert!(memory() <= kib + 64, "{} KiB after {kib}", memory());
-    assert_eq!(zygote::children(&zygote), "", "processes are left");
+    assert_eq!(zygote::children(&zygote, 0), []);
+}
+
+/// Clones that wait are each somebody's once, and another takes the place of each.
+#[test]
+fn a_pool_serves_each_clone_once() {
+    let keep = tempfile::tempdir().unwrap();
+    let directory = keep.path().join("snapshot");
+    counter(&directory);
+    let (zygote, mut client) = zygote::start_with_pool(&directory, 2);
+    let mut served = HashSet::new();
+    let mut waiting = zygote::children(&zygote, 2);
+    for _ in 0..20 {
+        let (pid, mut output) = clone(&mut client, CloneConfig::default());
+        assert!(waiting.contains(&pid), "a clone that was ready is used");
+        assert!(served.insert(pid), "{pid:?} served twice");
+        first_tick(&mut output);
+        zygote::end(pid);
+        waiting = zygote::children(&zygote, 2);
+    }
+    // More at once than there are: the others are made for those who ask.
+    let clones: Vec<_> = (0..6).map(|_| clone(&mut client, CloneConfig::default())).collect();
+    let mut from = BTreeSet::new();
+    for (pid, mut output) in clones {
+        from.insert(first_tick(&mut output));
+        assert!(served.insert(pid), "{pid:?} served twice");
+        zygote::end(pid);
+    }
+    assert_eq!(from.len(), 1, "all go on from the same moment");
+    // Who died while it waited is not given to anybody.
+    zygote::children(&zygote, 2).into_iter().for_each(zygote::end);
+    let (pid, mut output) = clone(&mut client, CloneConfig::default());
+    assert!(served.insert(pid), "{pid:?} served twice");
+    first_tick(&mut output);
+    zygote::end(pid);
+    client.ping().unwrap();
+}
+
+/// What waits ends with its zygote, however that ends, and by a signal of its own.
+#[test]
+fn a_pool_ends_with_its_zygote() {
+    let keep = tempfile::tempdir().unwrap();
+    let directory = keep.path().join("snapshot");
+    counter(&directory);
+    for signal in [Signal::KILL, Signal::TERM] {
+        let (zygote, client) = zygote::start_with_pool(&directory, 3);
+        let waiting = zygote::children(&zygote, 3);
+        let pidfds: Vec<_> = waiting.iter().map(|pid| pidfd_open(*pid, PidfdFlags::empty()).unwrap()).collect();
+        // One of them ends alone.
+        kill_process(waiting[0], Signal::TERM).unwrap();
+        poll(&mut [PollFd::new(&pidfds[0], PollFlags::IN)], None).unwrap();
+        let pid = Pid::from_raw(i32::try_from(zygote.pid()).unwrap()).unwrap();
+        kill_process(pid, signal).unwrap();
+        for pidfd in &pidfds {
+            poll(&mut [PollFd::new(pidfd, PollFlags::IN)], None).unwrap();
+        }
+        drop((zygote, client));
+    }
+}
+
+/// A clone that waited is like any other: it has its own API, and can be left paused.
+#[test]
+fn a_clone_of_a_pool_takes_what_it_is_handed() {
+    let keep = tempfile::tempdir().unwrap();
+    let directory = keep.path().join("snapshot");
+    counter(&directory);
+    let (zygote, mut client) = zygote::start_with_pool(&directory, 1);
+    let waiting = zygote::children(&zygote, 1);
+    let path = keep.path().join("clone-api");
+    let socket = OwnedFd::from(UnixListener::bind(&path).unwrap());
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    let config = CloneConfig { fds: vec!["api".into(), "serial".into()], paused: true, ..CloneConfig::default() };
+    let info = client.clone_vm(config, &[socket.as_fd(), write.as_fd()]).unwrap();
+    assert_eq!(Pid::from_raw(i32::try_from(info.pid).unwrap()), Some(waiting[0]));
+    drop(write);
+    let mut own = Client::connect(&path).unwrap();
+    assert_eq!(own.ping().unwrap().pid, info.pid);
+    assert_eq!(own.info().unwrap().state, vmm_api::VmState::Paused);
+    own.send(&Request::VmResume).unwrap();
+    first_tick(&mut BufReader::new(File::from(read)));
+    own.send(&Request::VmmShutdown).unwrap();
 }

@@ -5,13 +5,15 @@ mod saving;
 mod writer;
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use hypervisor::Hypervisor;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use virtio_devices::gpu::RendererFactory;
 use vmm_api::{Failure, PingInfo, Reply, Request, Response, Server, VmInfo, VmState};
 use vmm_config::{HostFacts, ProblemKind, VmConfig};
@@ -164,6 +166,22 @@ impl Vmm {
     /// Ends the VMM when something arrives on `signals`.
     pub fn end_on(&mut self, signals: UnixStream) {
         self.signals = Some(signals);
+    }
+
+    /// Waits until there is something to read from `fd`; false if something arrives on [`Vmm::end_on`]'s socket first.
+    ///
+    /// # Errors
+    /// If it cannot be waited for.
+    pub(crate) fn wait_for(&self, fd: impl AsFd) -> Result<bool, VmmError> {
+        let signals = self.signals.iter().map(|signals| PollFd::new(signals, PollFlags::IN));
+        let mut fds: Vec<_> = [PollFd::new(&fd, PollFlags::IN)].into_iter().chain(signals).collect();
+        loop {
+            match poll(&mut fds, None) {
+                Ok(_) => return Ok(fds.iter().skip(1).all(|signals| signals.revents().is_empty())),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(VmmError::Events(e.to_string())),
+            }
+        }
     }
 
     fn state(&self) -> Option<VmState> {

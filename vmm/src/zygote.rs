@@ -7,15 +7,17 @@
 //! It has one thread, so that a child has all of it, and runs no guest: a guest of a clone can reach its own process
 //! only. A clone is a process like any other VMM, with its own sockets, which whoever asked for it hands in.
 
+mod pool;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use hypervisor::Hypervisor;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use signal_hook::SigId;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -23,14 +25,22 @@ use virtio_devices::gpu::RendererFactory;
 use vmm_api::{CloneInfo, Failure, Reply, Request, Response, Server};
 use vmm_config::{CloneConfig, ConsoleMode, ProblemKind, ZygoteConfig};
 
+use pool::{Pool, Seat};
+
 use crate::build::Confinement;
 use crate::control::{Outcome, Vmm, VmmError, host_facts, ping};
 use crate::process;
 use crate::snapshot::{Snapshot, SnapshotError, Template};
 
+/// How long nobody may want a clone before another is made for the pool: who has just got one is to have the CPUs.
+const QUIET: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+
 /// What every clone is made with.
 pub struct Zygote {
     template: Template,
+    /// How many clones should wait, and those that do.
+    wanted: usize,
+    pool: Pool,
     hypervisor: Arc<dyn Hypervisor>,
     /// Makes the engine of a clone's virtio-gpu.
     renderer: fn() -> Box<dyn RendererFactory>,
@@ -42,6 +52,25 @@ pub struct Zygote {
     keep: Option<&'static File>,
     /// Where something arrives when the zygote is asked to end, and what makes it.
     signals: (UnixStream, Vec<SigId>),
+}
+
+/// What becomes of a process that is forked.
+enum Purpose {
+    /// The clone that was asked for.
+    Known(CloneConfig, Vec<OwnedFd>),
+    /// A clone that waits until it is told.
+    Told(Seat),
+}
+
+impl Purpose {
+    /// The descriptors that go with it.
+    fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let (fds, seat) = match self {
+            Self::Known(_, fds) => (fds.as_slice(), None),
+            Self::Told(seat) => (&[][..], Some(seat.as_fd())),
+        };
+        fds.iter().map(AsFd::as_fd).chain(seat)
+    }
 }
 
 /// Why a clone ended early.
@@ -82,20 +111,29 @@ impl Zygote {
             }
         }
         let signals = end_signals().map_err(|e| VmmError::Events(e.to_string()))?;
-        Ok(Self { template, hypervisor, renderer, confine, prepare, keep, signals })
+        let (wanted, pool) = (from.pool.into(), Pool::default());
+        Ok(Self { template, wanted, pool, hypervisor, renderer, confine, prepare, keep, signals })
     }
 
     /// Answers requests until it is told to end.
     ///
     /// # Errors
     /// If it cannot wait for them.
-    pub fn run(&self, mut server: Server) -> Result<(), VmmError> {
+    pub fn run(mut self, mut server: Server) -> Result<(), VmmError> {
         let single = process::only_one_thread().and_then(|()| process::never_wait_for_children());
         single.map_err(|e| VmmError::Events(e.to_string()))?;
         let mut ended = false;
+        // Clones that are to be made for the pool: as many as have left it, so that some that fail do not lead to more.
+        let mut missing = self.wanted;
         while !ended {
             let mut ready = [PollFd::new(&server, PollFlags::IN), PollFd::new(&self.signals.0, PollFlags::IN)];
-            match poll(&mut ready, None) {
+            match poll(&mut ready, (missing > 0).then_some(&QUIET)) {
+                // Nobody wants anything now.
+                Ok(0) => {
+                    missing -= 1;
+                    self.add_to_pool();
+                    continue;
+                }
                 Ok(_) => ended = ready.last().is_some_and(|signals| !signals.revents().is_empty()),
                 Err(Errno::INTR) => continue,
                 Err(e) => return Err(VmmError::Events(e.to_string())),
@@ -106,7 +144,11 @@ impl Zygote {
                     Ok(Reply::Done)
                 }
                 Request::VmmPing => Ok(Reply::Ping(ping())),
-                Request::VmClone(config) => self.clone_machine(&config, fds),
+                Request::VmClone(config) => {
+                    let response = self.clone_machine(&config, fds);
+                    missing = self.wanted.saturating_sub(self.pool.len());
+                    response
+                }
                 other => Err(Failure::Other(vec![format!("a zygote does not answer {}", other.action().name())])),
             });
             result.map_err(|e| VmmError::Events(e.to_string()))?;
@@ -114,15 +156,30 @@ impl Zygote {
         Ok(())
     }
 
-    fn clone_machine(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> Response {
+    fn clone_machine(&mut self, config: &CloneConfig, fds: Vec<OwnedFd>) -> Response {
         let fail = |why: String| Failure::Other(vec![why]);
         self.check(config, &fds).map_err(fail)?;
-        // A signal that comes before the clone handles its own waits.
-        process::hold_end_signals(true).map_err(|e| fail(e.to_string()))?;
-        let forked = process::fork(|| self.be_clone(config, fds));
-        process::hold_end_signals(false).map_err(|e| fail(e.to_string()))?;
-        let pid = forked.map_err(|e| fail(format!("cannot fork: {e}")))?;
+        let pid = match self.pool.serve(config, &fds) {
+            Some(pid) => pid,
+            None => self.fork(Purpose::Known(config.clone(), fds)).map_err(|e| fail(format!("cannot fork: {e}")))?,
+        };
         Ok(Reply::Cloned(CloneInfo { pid: pid.into() }))
+    }
+
+    fn add_to_pool(&mut self) {
+        let added = Seat::new().and_then(|(seat, socket)| Ok((self.fork(Purpose::Told(seat))?, socket)));
+        match added {
+            Ok((pid, socket)) => self.pool.add(pid, socket),
+            Err(e) => log::warn!("cannot keep another clone waiting: {e}"),
+        }
+    }
+
+    fn fork(&self, purpose: Purpose) -> io::Result<u32> {
+        // A signal that comes before the clone handles its own waits.
+        process::hold_end_signals(true)?;
+        let forked = process::fork(|| self.be_clone(purpose));
+        process::hold_end_signals(false)?;
+        forked
     }
 
     /// Whether each descriptor has one purpose, and the clone a use for it.
@@ -144,16 +201,15 @@ impl Zygote {
     }
 
     /// What a child does from the fork to its end.
-    fn be_clone(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> u8 {
+    fn be_clone(&self, purpose: Purpose) -> u8 {
         // The zygote's, which would be told of the clone's.
         for id in &self.signals.1 {
             signal_hook::low_level::unregister(*id);
         }
-        let keep =
-            fds.iter().map(AsFd::as_fd).chain(self.hypervisor.descriptor()).chain([self.template.memory.as_fd()]);
-        let keep: Vec<_> = keep.chain(self.keep.iter().map(AsFd::as_fd)).collect();
+        let keep = self.hypervisor.descriptor().into_iter().chain([self.template.memory.as_fd()]);
+        let keep: Vec<_> = keep.chain(self.keep.iter().map(AsFd::as_fd)).chain(purpose.descriptors()).collect();
         let closed = process::close_all_but(&keep).map_err(Failed::from);
-        let why = match closed.and_then(|()| self.run_clone(config, fds)) {
+        let why = match closed.and_then(|()| self.run_clone(purpose)) {
             Ok(Outcome::Ended) => return 0,
             Ok(Outcome::Failed(why)) => why,
             Err(e) => e.to_string(),
@@ -162,14 +218,25 @@ impl Zygote {
         1
     }
 
-    fn run_clone(&self, config: &CloneConfig, fds: Vec<OwnedFd>) -> Result<Outcome, Failed> {
+    fn run_clone(&self, purpose: Purpose) -> Result<Outcome, Failed> {
         let mut vmm = Vmm::new(self.hypervisor.clone(), (self.renderer)(), (self.confine)()?)?;
         (self.prepare)(&mut vmm)?;
         process::hold_end_signals(false)?;
-        let chassis = vmm.begin_clone(&self.template)?;
+        let mut chassis = vmm.begin_clone(&self.template)?;
+        let (config, fds) = match purpose {
+            Purpose::Known(config, fds) => (config, fds),
+            Purpose::Told(seat) => {
+                if !vmm.wait_for(&seat)? {
+                    return Ok(Outcome::Ended);
+                }
+                let Some(told) = seat.hear()? else { return Ok(Outcome::Ended) };
+                chassis.set_clocks(&self.template.state)?;
+                told
+            }
+        };
         let mut handed: BTreeMap<String, OwnedFd> = config.fds.iter().cloned().zip(fds).collect();
         let server = handed.remove("api").map(Server::from_listener).transpose()?;
-        vmm.finish_clone(chassis, &self.template, config, handed)?;
+        vmm.finish_clone(chassis, &self.template, &config, handed)?;
         // The guest runs. What it does not need for that comes now.
         if let Some(server) = server {
             vmm.serve(server);

@@ -115,22 +115,25 @@ pub struct ZygoteConfig {
     pub source_url: String,
     /// Where requests for clones are answered.
     pub socket: PathBuf,
+    /// How many clones wait for requests, stopped just before their first instruction.
+    pub pool: u8,
 }
 
 impl ZygoteConfig {
     /// The flag's syntax.
     pub const SYNTAX: Syntax =
-        Syntax { flag: "--zygote", words: &[], keys: &["source_url", "socket"], unsupported: &[] };
+        Syntax { flag: "--zygote", words: &[], keys: &["source_url", "socket", "pool"], unsupported: &[] };
 
-    /// Reads `source_url=file:///DIR,socket=PATH`.
+    /// Reads `source_url=file:///DIR,socket=PATH,pool=N`.
     ///
     /// # Errors
-    /// An unknown or missing key.
+    /// An unknown or missing key, or a value that cannot be read.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         let options = Self::SYNTAX.parse(text)?;
         Ok(Self {
             source_url: options.required("source_url", "the snapshot's directory, as file:///DIR")?,
             socket: options.required("socket", "a path, such as /run/zygote.sock")?,
+            pool: options.number("pool")?.unwrap_or(0),
         })
     }
 

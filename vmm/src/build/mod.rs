@@ -188,8 +188,8 @@ impl Chassis {
     /// If the hypervisor refuses.
     pub fn set_clocks(&mut self, saved: &MachineState) -> Result<(), BuildError> {
         self.vm.set_clock(saved.clock)?;
-        let vcpus = self.vcpus.iter_mut().zip(&saved.vcpus);
-        Ok(vcpus.map(|(vcpu, state)| vcpu.set_time(state)).collect::<Result<_, _>>()?)
+        let mut vcpus = self.vcpus.iter_mut().zip(&saved.vcpus);
+        Ok(vcpus.try_for_each(|(vcpu, state)| vcpu.set_time(state))?)
     }
 
     /// Completes the machine; it is paused.

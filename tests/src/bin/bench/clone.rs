@@ -17,7 +17,7 @@ use crate::report::{self, Report, Samples};
 use crate::{Failure, MEMORY_MIB};
 
 /// What is compared, ours first.
-const ARMS: [&str; 3] = ["zygote", "floor", "exec"];
+const ARMS: [&str; 4] = ["zygote", "floor", "pool", "exec"];
 
 /// A child that is killed when it goes.
 pub struct Process(pub Child);
@@ -82,11 +82,15 @@ pub fn wait_for(output: &mut impl Read, mark: u8) -> Result<(), Failure> {
 
 /// A zygote of the snapshot at `url`, and a connection to it.
 pub fn zygote(url: &str, directory: &Path) -> Result<(Process, Client), Failure> {
-    let socket = directory.join("zygote");
+    zygote_with_pool(url, &directory.join("zygote"), 0)
+}
+
+/// The same, which listens at `socket` and keeps `pool` clones waiting.
+fn zygote_with_pool(url: &str, socket: &Path, pool: u8) -> Result<(Process, Client), Failure> {
     let mut command = vmm();
-    command.args(["--zygote", &format!("source_url={url},socket={}", socket.display())]);
+    command.args(["--zygote", &format!("source_url={url},socket={},pool={pool}", socket.display())]);
     let mut process = Process(command.spawn()?);
-    let client = connect(&socket, &mut process)?;
+    let client = connect(socket, &mut process)?;
     Ok((process, client))
 }
 
@@ -110,6 +114,22 @@ fn through_zygote(client: &mut Client, directory: &Path) -> Result<f64, Failure>
     end(process_id(clone)?)?;
     std::fs::remove_file(path)?;
     Ok(time.as_secs_f64() * 1e3)
+}
+
+/// Waits until the one clone of a pool of one waits.
+fn fill(zygote: &Process) -> Result<(), Failure> {
+    let pid = zygote.0.id();
+    let children = format!("/proc/{pid}/task/{pid}/children");
+    let waits = || -> Result<bool, Failure> {
+        let text = std::fs::read_to_string(&children)?;
+        let [child] = text.split_whitespace().collect::<Vec<_>>()[..] else { return Ok(false) };
+        // It sleeps when it has nothing more to do.
+        Ok(std::fs::read_to_string(format!("/proc/{child}/stat"))?.contains(") S "))
+    };
+    while !waits()? {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 /// The process of a clone.
@@ -143,16 +163,21 @@ pub fn first_instruction(runs: usize) -> Result<Vec<Report>, Failure> {
     let directory = tempfile::tempdir()?;
     let url = snapshot(directory.path())?;
     let (_zygote, mut client) = zygote(&url, directory.path())?;
+    let (pool, mut pool_client) = zygote_with_pool(&url, &directory.path().join("pool"), 1)?;
     let mut samples: [Samples; ARMS.len()] = Default::default();
     for run in 0..=runs {
         let ours = through_zygote(&mut client, directory.path())?;
         let start = Instant::now();
         floor.clone_once()?;
         let least = start.elapsed().as_secs_f64() * 1e3;
+        fill(&pool)?;
+        let waited = through_zygote(&mut pool_client, directory.path())?;
+        // The next is made now and not while something else is measured.
+        fill(&pool)?;
         let exec = through_exec(&url)?;
         // The first is there to warm up.
         if run > 0 {
-            samples.iter_mut().zip([ours, least, exec]).for_each(|(samples, time)| samples.add(time));
+            samples.iter_mut().zip([ours, least, waited, exec]).for_each(|(samples, time)| samples.add(time));
         }
     }
     Ok(report::compare("clone_to_first_instruction", "ms", &ARMS, &samples))
