@@ -15,7 +15,11 @@ use vmm_config::{CloneConfig, SnapshotConfig};
 
 /// A snapshot of a counting guest in `directory`.
 fn counter(directory: &Path) {
-    let mut vmm = VmmCommand::tiny().api().spawn();
+    counter_of(VmmCommand::tiny(), directory);
+}
+
+fn counter_of(command: VmmCommand, directory: &Path) {
+    let mut vmm = command.api().spawn();
     vmm.wait_for("tick 00000010");
     let mut client = vmm.client();
     client.send(&Request::VmPause).unwrap();
@@ -160,6 +164,42 @@ fn a_thousand_clones_leave_nothing_behind() {
     assert_eq!(descriptors(), fds);
     assert!(memory() <= kib + 64, "{} KiB after {kib}", memory());
     assert_eq!(zygote::children(&zygote, 0), []);
+}
+
+/// The files in memory that are mapped in a process.
+fn mapped(pid: Pid) -> BTreeSet<String> {
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", pid.as_raw_nonzero())).unwrap();
+    let names = maps.lines().filter_map(|line| line.splitn(6, ' ').nth(5));
+    names.map(|name| name.trim().trim_end_matches(" (deleted)").to_owned()).filter(|name| name.contains('/')).collect()
+}
+
+/// A clone that is to share nothing has copies of memory and image, and counts on like the others.
+#[test]
+fn a_clone_can_have_all_for_itself() {
+    let keep = tempfile::tempdir().unwrap();
+    let (directory, image) = (keep.path().join("snapshot"), keep.path().join("image"));
+    std::fs::write(&image, [7; 10_000]).unwrap();
+    counter_of(VmmCommand::tiny().arg("--pmem", format!("file={},discard_writes=on", image.display())), &directory);
+    let (_zygote, mut client) = zygote::start_with_pool(&directory, 1);
+    let image = image.display().to_string();
+    let (pid, mut output) = clone(&mut client, CloneConfig::default());
+    let from = first_tick(&mut output);
+    let shared = mapped(pid);
+    assert!(shared.contains("/memfd:template") && shared.contains(&image), "{shared:?}");
+    zygote::end(pid);
+    let (pid, mut output) = clone(&mut client, CloneConfig { no_share: true, ..CloneConfig::default() });
+    assert_eq!(first_tick(&mut output), from);
+    let own = mapped(pid);
+    assert!(!own.contains("/memfd:template") && !own.contains(&image), "{own:?}");
+    assert!(own.contains("/memfd:image"), "{own:?}");
+    zygote::end(pid);
+    // The same without a zygote.
+    let from = format!("source_url=file://{},resume=true", directory.display());
+    let mut restored = VmmCommand::new().args(&["--restore", &from, "--no-share"]).spawn();
+    restored.wait_for("tick");
+    let own = mapped(Pid::from_raw(i32::try_from(restored.pid()).unwrap()).unwrap());
+    let memory = directory.join("memory").display().to_string();
+    assert!(!own.contains(&memory) && !own.contains(&image) && own.contains("/memfd:image"), "{own:?}");
 }
 
 /// Clones that wait are each somebody's once, and another takes the place of each.

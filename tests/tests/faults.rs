@@ -221,7 +221,8 @@ fn a_destination_that_cannot_be_is_named_and_the_machine_goes_on() {
     assert_eq!(fs::read(taken.join("state.bin")).unwrap(), before, "the first one is as it was");
     // Nor does a machine that is there become another one.
     let memory_restore_mode = MemoryRestoreMode::CopyOnWrite;
-    let from = RestoreConfig { source_url: url(&taken), prefault: false, memory_restore_mode, resume: true };
+    let from =
+        RestoreConfig { source_url: url(&taken), prefault: false, memory_restore_mode, resume: true, no_share: false };
     let said = client.send(&Request::VmRestore(from)).unwrap_err().to_string();
     assert!(said.contains("VM is already created"), "{said}");
     goes_on(&mut vmm, &mut client);
@@ -265,7 +266,13 @@ fn a_snapshot_that_is_not_whole_or_of_another_version_is_refused_by_name() {
     let mut vmm = VmmCommand::new().api().spawn();
     let mut client = vmm.client();
     let memory_restore_mode = MemoryRestoreMode::Copy;
-    let from = RestoreConfig { source_url: url(&directory), prefault: false, memory_restore_mode, resume: true };
+    let from = RestoreConfig {
+        source_url: url(&directory),
+        prefault: false,
+        memory_restore_mode,
+        resume: true,
+        no_share: false,
+    };
     let said = client.send(&Request::VmRestore(from.clone())).unwrap_err().to_string();
     assert!(said.contains("is damaged"), "{said}");
     fs::write(&manifest, text).unwrap();

@@ -97,7 +97,7 @@ fn a_snapshot_is_restored_by_the_api() {
     assert!(again.unwrap_err().to_string().contains("holds a snapshot already"));
     for (_, mode) in MODES {
         let from =
-            RestoreConfig { source_url: url(&directory), prefault: false, memory_restore_mode: mode, resume: false };
+            RestoreConfig { source_url: url(&directory), prefault: false, memory_restore_mode: mode, resume: false, no_share: false };
         assert!(client.send(&Request::VmRestore(from.clone())).is_err(), "there is a machine");
         client.send(&Request::VmDelete).unwrap();
         client.send(&Request::VmRestore(from)).unwrap();

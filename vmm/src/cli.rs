@@ -88,7 +88,7 @@ pub struct Cli {
     /// Disks: path=FILE,readonly=on|off,direct=on|off,id=NAME,serial=TEXT,num_queues=N,queue_size=N
     #[arg(long, value_name = "KEYS", num_args = 1.., value_parser = DiskConfig::parse)]
     pub disk: Vec<DiskConfig>,
-    /// Files shown to the guest as persistent memory: file=FILE,size=SIZE,discard_writes=on|off,id=NAME
+    /// Files shown to the guest as persistent memory: file=FILE,size=SIZE,discard_writes=on|off,copy=on|off,id=NAME
     #[arg(long, value_name = "KEYS", num_args = 1.., value_parser = PmemConfig::parse)]
     pub pmem: Vec<PmemConfig>,
     /// Serial port: tty, file=FILE, pty, null or off [default: null]
@@ -113,6 +113,9 @@ pub struct Cli {
     #[arg(long, value_name = "KEYS", value_parser = ZygoteConfig::parse,
           conflicts_with_all = ["kernel", "firmware", "restore", "api_socket", "event_monitor"])]
     pub zygote: Option<ZygoteConfig>,
+    /// Let the machine have copies of its own of the memory it is restored with and of images it only reads as memory
+    #[arg(long, conflicts_with = "zygote")]
+    pub no_share: bool,
     /// Properties of the machine: num_pci_segments=1
     #[arg(long, value_name = "KEYS", value_parser = PlatformConfig::parse)]
     pub platform: Option<PlatformConfig>,
@@ -293,7 +296,7 @@ impl Cli {
             ConsoleMode::Tty => ConsoleConfig::of(ConsoleMode::Off),
             _ => ConsoleConfig::default(),
         });
-        Some(VmConfig {
+        let mut config = VmConfig {
             cpus: self.cpus.clone().unwrap_or_default(),
             memory: self.memory.clone().unwrap_or_default(),
             payload: Some(PayloadConfig {
@@ -314,7 +317,18 @@ impl Cli {
             landlock_enable: self.landlock,
             landlock_rules: self.landlock_rules.clone(),
             ..VmConfig::default()
-        })
+        };
+        if self.no_share {
+            config.own_copies();
+        }
+        Some(config)
+    }
+
+    /// The snapshot to go on with, if one is given.
+    #[must_use]
+    pub fn restored(&self) -> Option<RestoreConfig> {
+        let restore = self.restore.as_ref()?;
+        Some(RestoreConfig { no_share: restore.no_share || self.no_share, ..restore.clone() })
     }
 
     /// How much is to be logged.

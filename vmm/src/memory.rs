@@ -3,15 +3,19 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use hypervisor::{MemorySlot, Vm};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use virtio_devices::device::Memory;
 use virtio_devices::mapping::Mapping;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use crate::plan::{PlannedRam, PlannedWindow};
+
+/// Bytes of memory that are copied, or left out because they are zero, at once.
+const COPIED_AT_ONCE: usize = 64 << 10;
 
 /// Why there is no guest memory.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +28,9 @@ pub enum MemoryError {
         /// The cause.
         source: io::Error,
     },
+    /// It cannot be copied.
+    #[error("cannot copy the template's memory: {0}")]
+    Copy(io::Error),
     /// KVM refused.
     #[error(transparent)]
     Hypervisor(#[from] hypervisor::Error),
@@ -52,6 +59,32 @@ pub fn map_private(ram: &[PlannedRam], file: &Arc<File>) -> Result<Memory, Memor
         offset = offset.saturating_add(range.len);
     }
     Memory::from_regions(regions).map_err(|e| fail(io::Error::other(e)))
+}
+
+/// RAM as planned with what is in `file`, a copy of its own.
+///
+/// # Errors
+/// If the host has not that much, or the file cannot be read.
+pub fn copy_of(ram: &[PlannedRam], file: &File, shared: bool) -> Result<Memory, MemoryError> {
+    let memory = allocate(ram, shared)?;
+    let mut part = vec![0; COPIED_AT_ONCE];
+    let mut offset = 0;
+    for range in ram {
+        let mut done = 0;
+        while done < range.len {
+            let n = usize::try_from(range.len - done).unwrap_or(usize::MAX).min(COPIED_AT_ONCE);
+            let part = part.get_mut(..n).unwrap_or_default();
+            file.read_exact_at(part, offset).map_err(MemoryError::Copy)?;
+            // Pages of zeroes are there already, and need not take room.
+            if part.iter().any(|byte| *byte != 0) {
+                let address = GuestAddress(range.start.saturating_add(done));
+                memory.write_slice(part, address).map_err(|e| MemoryError::Copy(io::Error::other(e)))?;
+            }
+            done = done.saturating_add(n as u64);
+            offset = offset.saturating_add(n as u64);
+        }
+    }
+    Ok(memory)
 }
 
 /// Allocates RAM as planned; `shared` makes it a memfd.

@@ -159,7 +159,9 @@ impl Zygote {
     fn clone_machine(&mut self, config: &CloneConfig, fds: Vec<OwnedFd>) -> Response {
         let fail = |why: String| Failure::Other(vec![why]);
         self.check(config, &fds).map_err(fail)?;
-        let pid = match self.pool.serve(config, &fds) {
+        // Those that wait share what they have.
+        let waited = if config.no_share { None } else { self.pool.serve(config, &fds) };
+        let pid = match waited {
             Some(pid) => pid,
             None => self.fork(Purpose::Known(config.clone(), fds)).map_err(|e| fail(format!("cannot fork: {e}")))?,
         };
@@ -222,7 +224,8 @@ impl Zygote {
         let mut vmm = Vmm::new(self.hypervisor.clone(), (self.renderer)(), (self.confine)()?)?;
         (self.prepare)(&mut vmm)?;
         process::hold_end_signals(false)?;
-        let mut chassis = vmm.begin_clone(&self.template)?;
+        let share = !matches!(&purpose, Purpose::Known(config, _) if config.no_share);
+        let mut chassis = vmm.begin_clone(&self.template, share)?;
         let (config, fds) = match purpose {
             Purpose::Known(config, fds) => (config, fds),
             Purpose::Told(seat) => {

@@ -7,17 +7,20 @@
 //! the host's page cache, shared by all machines with the same image: on a read fault KVM asks for the page without
 //! write intent and makes it writable only if the host's page table entry already is, which it is not for a clean page
 //! of a private mapping. The first write to a page gets a copy. Such copies are part of no snapshot, so a machine that has
-//! some is not saved.
+//! some is not saved. With `copy` it is the mapping of a copy in memory.
 
 mod device;
 #[cfg(test)]
 mod tests;
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use block::image::{Access, Error as ImageError, Image};
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use vmm_config::{HostFacts, PmemConfig, VmConfig};
 
@@ -32,6 +35,9 @@ pub const KIND: Kind = Kind { name: "pmem", requests, map, build, syscalls: SYSC
 
 /// The window's length is a multiple of this, in bytes: what Linux asks of persistent memory regions.
 const ALIGNMENT: u64 = 2 << 20;
+
+/// Bytes of an image that are copied at once.
+const COPIED_AT_ONCE: usize = 1 << 20;
 
 const STATE_VERSION: u32 = 1;
 
@@ -83,7 +89,7 @@ fn show(id: &str, config: Option<&PmemConfig>, len: u64) -> Result<WindowMemory,
         let size = image.size();
         return Err(other(format!("{name} has grown to {size} bytes, the guest has {len} for it; start it again")));
     }
-    let mapping = map_image(&image, len, config.discard_writes).map_err(|e| other(format!("{name}: {e}")))?;
+    let mapping = map_image(&image, len, config).map_err(|e| other(format!("{name}: {e}")))?;
     Ok(WindowMemory { mapping: Arc::new(Mutex::new(mapping)), image: Some(image) })
 }
 
@@ -129,15 +135,33 @@ fn image_pages(image: &Image, len: u64) -> u64 {
 }
 
 /// Maps the image at the start of the window, the partial last page included, and zero pages after it.
-fn map_image(image: &Image, len: u64, discard_writes: bool) -> Result<Mapping, mapping::Error> {
-    let mut mapping = Mapping::reserve(len)?;
+fn map_image(image: &Image, len: u64, config: &PmemConfig) -> io::Result<Mapping> {
+    let mut mapping = Mapping::reserve(len).map_err(io::Error::other)?;
     let pages = image_pages(image, len);
-    let access = if discard_writes { mapping::Access::Private } else { mapping::Access::Shared };
-    mapping.map_file(0, pages, image.as_fd(), 0, access)?;
+    let access = if config.discard_writes { mapping::Access::Private } else { mapping::Access::Shared };
+    let copy = if config.copy { Some(copy_of(image, pages)?) } else { None };
+    let file = copy.as_ref().map_or(image.as_fd(), AsFd::as_fd);
+    mapping.map_file(0, pages, file, 0, access).map_err(io::Error::other)?;
     if pages < len {
-        mapping.map_zero(pages, len - pages, true)?;
+        mapping.map_zero(pages, len - pages, true).map_err(io::Error::other)?;
     }
     Ok(mapping)
+}
+
+/// A file in memory with what is in the image, `len` bytes long.
+fn copy_of(image: &Image, len: u64) -> io::Result<File> {
+    let mut copy = File::from(memfd_create("image", MemfdFlags::CLOEXEC)?);
+    let mut part = vec![0; COPIED_AT_ONCE];
+    let mut offset = 0;
+    while offset < image.size() {
+        let n = usize::try_from(image.size() - offset).unwrap_or(usize::MAX).min(COPIED_AT_ONCE);
+        let part = part.get_mut(..n).unwrap_or_default();
+        image.file().read_exact_at(part, offset)?;
+        copy.write_all(part)?;
+        offset = offset.saturating_add(n as u64);
+    }
+    copy.set_len(len)?;
+    Ok(copy)
 }
 
 /// Whether a snapshot's device is this one. The guest knows what was on the image, so another image would break it.

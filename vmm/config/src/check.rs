@@ -41,6 +41,7 @@ impl VmConfig {
         }
         self.check_platform(&mut found);
         self.check_files(&mut found);
+        self.check_copies(&mut found);
         self.check_sockets(&mut found);
         self.check_ids(&mut found);
         found.unsupported("", &self.unsupported);
@@ -167,6 +168,13 @@ impl VmConfig {
             );
         }
         found.unsupported("platform", &platform.unsupported);
+    }
+
+    fn check_copies(&self, found: &mut Found) {
+        for (i, _) in self.pmem.iter().enumerate().filter(|(_, pmem)| pmem.copy && !pmem.discard_writes) {
+            let why = "a copy would lose what the guest writes; add discard_writes=on if that is wanted";
+            found.conflict(format!("pmem[{i}].copy"), why);
+        }
     }
 
     /// Two devices may share an image only if neither writes to it.

@@ -123,6 +123,11 @@ impl Section for VmConfig {
 }
 
 impl VmConfig {
+    /// Lets the machine have copies of its own of all images that it only reads as memory.
+    pub fn own_copies(&mut self) {
+        self.pmem.iter_mut().filter(|pmem| pmem.discard_writes).for_each(|pmem| pmem.copy = true);
+    }
+
     /// Reads the JSON of `vm.create`. `null` means "not given" everywhere, and unknown fields are ignored.
     ///
     /// # Errors

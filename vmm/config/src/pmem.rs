@@ -19,6 +19,10 @@ pub struct PmemConfig {
     /// clean pages.
     #[serde(default)]
     pub discard_writes: bool,
+    /// Read the file into memory of the machine's own at its start, so that it has no page in common with others. Only
+    /// with `discard_writes`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub copy: bool,
     /// Name of the device, unique in the machine. Not given: one is made up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
@@ -36,7 +40,7 @@ impl PmemConfig {
     pub const SYNTAX: Syntax = Syntax {
         flag: "--pmem",
         words: &[],
-        keys: &["file", "size", "discard_writes", "id"],
+        keys: &["file", "size", "discard_writes", "copy", "id"],
         unsupported: Self::UNSUPPORTED,
     };
 
@@ -50,6 +54,7 @@ impl PmemConfig {
             file: options.required("file", "FILE")?,
             size: options.size("size")?,
             discard_writes: options.toggle("discard_writes", false)?,
+            copy: options.toggle("copy", false)?,
             id: options.owned("id"),
             unsupported: Unsupported::default(),
         })

@@ -62,6 +62,9 @@ pub struct RestoreConfig {
     /// Let the guest run at once; otherwise the machine is paused.
     #[serde(default)]
     pub resume: bool,
+    /// Let the machine have copies of its own of memory and images, whatever `memory_restore_mode` says.
+    #[serde(default)]
+    pub no_share: bool,
 }
 
 impl RestoreConfig {
@@ -69,7 +72,7 @@ impl RestoreConfig {
     pub const SYNTAX: Syntax = Syntax {
         flag: "--restore",
         words: &[],
-        keys: &["source_url", "prefault", "memory_restore_mode", "resume"],
+        keys: &["source_url", "prefault", "memory_restore_mode", "resume", "no_share"],
         unsupported: &["net_fds"],
     };
 
@@ -91,6 +94,7 @@ impl RestoreConfig {
             prefault: options.toggle("prefault", false)?,
             memory_restore_mode: mode,
             resume: options.toggle("resume", false)?,
+            no_share: options.toggle("no_share", false)?,
         })
     }
 
@@ -157,6 +161,9 @@ pub struct CloneConfig {
     pub wayland: Option<PathBuf>,
     /// Leave the clone paused, for its API to resume.
     pub paused: bool,
+    /// Let the clone have copies of its own of memory and images. It is made for the occasion and takes as long as
+    /// copying them does.
+    pub no_share: bool,
 }
 
 impl CloneConfig {

@@ -87,8 +87,8 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         vmm.create(config)?;
         vmm.boot()?;
     }
-    if let Some(from) = &cli.restore {
-        vmm.restore(from)?;
+    if let Some(from) = cli.restored() {
+        vmm.restore(&from)?;
     }
     Ok(vmm.run()?)
 }

@@ -140,6 +140,8 @@ pub struct Saved<'a> {
 pub enum SavedMemory<'a> {
     /// All of it is verified and copied.
     Copy(&'a MemoryFile),
+    /// All of the file, which has been verified, is copied.
+    CopyOf(&'a Arc<File>),
     /// The file, which has been verified, is mapped; what the guest writes is its own.
     CopyOnWrite(&'a Arc<File>),
     /// Each part is read when it is first touched.
@@ -222,6 +224,7 @@ fn allocate_ram(from: &Ingredients<'_>) -> Result<Memory, BuildError> {
     Ok(match from.saved.map(|saved| saved.memory) {
         None | Some(SavedMemory::OnDemand(_)) => memory::allocate(ranges, from.config.memory.shared)?,
         Some(SavedMemory::CopyOnWrite(file)) => memory::map_private(ranges, file)?,
+        Some(SavedMemory::CopyOf(file)) => memory::copy_of(ranges, file, from.config.memory.shared)?,
         Some(SavedMemory::Copy(file)) => {
             let ram = memory::allocate(ranges, from.config.memory.shared)?;
             file.copy_to(&ram)?;

@@ -41,7 +41,11 @@ impl Vmm {
         self.event("vm", "restoring");
         let snapshot = Snapshot::open(directory)?;
         snapshot.check_cpu(&self.hypervisor.capabilities().cpuid)?;
-        self.create(snapshot.config.clone())?;
+        let mut config = snapshot.config.clone();
+        if from.no_share {
+            config.own_copies();
+        }
+        self.create(config)?;
         let result = self.build_saved(&snapshot, from);
         let result = result.and_then(|()| if from.resume { self.resume() } else { Ok(()) });
         if result.is_err() {
@@ -57,7 +61,8 @@ impl Vmm {
 
     fn build_saved(&mut self, snapshot: &Snapshot, from: &RestoreConfig) -> Result<(), VmmError> {
         let memory = &snapshot.memory;
-        match from.memory_restore_mode {
+        let mode = if from.no_share { MemoryRestoreMode::Copy } else { from.memory_restore_mode };
+        match mode {
             MemoryRestoreMode::Copy => self.build_from(snapshot, SavedMemory::Copy(memory)),
             MemoryRestoreMode::OnDemand => {
                 let source = Source::new(snapshot, from.prefault)?;
@@ -78,16 +83,20 @@ impl Vmm {
         self.build(&snapshot.state.plan, Some(saved))
     }
 
-    /// Begins a machine like the one of `template`, which shares its memory until it changes it.
+    /// Begins a machine like the one of `template`; `share`: which has its memory and images in common with others until
+    /// it changes them.
     ///
     /// # Errors
     /// If something the configuration names cannot be had.
-    pub(crate) fn begin_clone(&mut self, template: &Template) -> Result<Chassis, VmmError> {
-        let config = template.config.clone();
+    pub(crate) fn begin_clone(&mut self, template: &Template, share: bool) -> Result<Chassis, VmmError> {
+        let mut config = template.config.clone();
+        if !share {
+            config.own_copies();
+        }
         let listeners = BTreeMap::new();
         self.created = Some(Created { config, serial: None, console: None, listeners, machine: None, paused: false });
         self.generation += 1;
-        self.chassis(&template.state.plan, Some(template.saved()))
+        self.chassis(&template.state.plan, Some(template.saved(share)))
     }
 
     /// Completes what [`Vmm::begin_clone`] began, and lets it run. `handed` are descriptors for its serial port, its console
@@ -117,7 +126,7 @@ impl Vmm {
         (created.serial, created.console) = (stream("serial", &config.serial)?, stream("console", &config.console)?);
         created.listeners = handed;
         self.confine()?;
-        self.complete(chassis, &template.state.plan, Some(template.saved()))?;
+        self.complete(chassis, &template.state.plan, Some(template.saved(!clone.no_share)))?;
         if clone.paused { Ok(()) } else { self.resume() }
     }
 

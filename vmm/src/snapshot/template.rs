@@ -43,8 +43,9 @@ impl Template {
         Ok(Self { config, state, memory: Arc::new(file) })
     }
 
-    /// What a clone is made from.
-    pub(crate) fn saved(&self) -> Saved<'_> {
-        Saved { state: &self.state, memory: SavedMemory::CopyOnWrite(&self.memory) }
+    /// What a clone is made from; `share`: with this memory, until it writes to it.
+    pub(crate) fn saved(&self, share: bool) -> Saved<'_> {
+        let memory = if share { SavedMemory::CopyOnWrite(&self.memory) } else { SavedMemory::CopyOf(&self.memory) };
+        Saved { state: &self.state, memory }
     }
 }
