@@ -23,7 +23,7 @@ use crate::{Vmm, VmmCommand};
 /// If it does not start.
 #[must_use]
 pub fn start(directory: &Path) -> (Vmm, Client) {
-    start_with_pool(directory, 0)
+    start_with(directory, "")
 }
 
 /// The same, with clones that wait.
@@ -32,9 +32,18 @@ pub fn start(directory: &Path) -> (Vmm, Client) {
 /// If it does not start.
 #[must_use]
 pub fn start_with_pool(directory: &Path, pool: u8) -> (Vmm, Client) {
+    start_with(directory, &format!(",pool={pool}"))
+}
+
+/// The same, with more keys of `--zygote`.
+///
+/// # Panics
+/// If it does not start.
+#[must_use]
+pub fn start_with(directory: &Path, keys: &str) -> (Vmm, Client) {
     let command = VmmCommand::new();
     let socket = command.path("api");
-    let flag = format!("source_url=file://{},socket={},pool={pool}", directory.display(), socket.display());
+    let flag = format!("source_url=file://{},socket={}{keys}", directory.display(), socket.display());
     let mut zygote = command.arg("--zygote", flag).spawn();
     let client = zygote.client();
     (zygote, client)

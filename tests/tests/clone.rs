@@ -202,6 +202,64 @@ fn a_clone_can_have_all_for_itself() {
     assert!(!own.contains(&memory) && !own.contains(&image) && own.contains("/memfd:image"), "{own:?}");
 }
 
+/// KiB of the template's memory that a process has in its page tables: shared pages, and copies.
+fn resident(pid: Pid) -> (u64, u64) {
+    let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", pid.as_raw_nonzero())).unwrap();
+    let of = |part: &str, name: &str| -> u64 {
+        let line = part.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    let mapping = smaps.split("VmFlags:").find(|part| part.contains("memfd:template")).unwrap();
+    let own = of(mapping, "Anonymous:");
+    (of(mapping, "Rss:") - own, own)
+}
+
+/// What one clone has touched others have before they run.
+#[test]
+fn clones_can_have_the_working_set_beforehand() {
+    let keep = tempfile::tempdir().unwrap();
+    let directory = keep.path().join("snapshot");
+    counter(&directory);
+    let (_zygote, mut client) = zygote::start(&directory);
+    let api = |client: &mut Client, paused: bool| {
+        let path = keep.path().join("clone-api");
+        let socket = OwnedFd::from(UnixListener::bind(&path).unwrap());
+        let config = CloneConfig { fds: vec!["api".into()], paused, ..CloneConfig::default() };
+        let info = client.clone_vm(config, &[socket.as_fd()]).unwrap();
+        let mut own = Client::connect(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        // Built when it answers.
+        own.ping().unwrap();
+        (Pid::from_raw(i32::try_from(info.pid).unwrap()).unwrap(), own)
+    };
+    let (fresh, _) = api(&mut client, true);
+    let (few, none) = resident(fresh);
+    zygote::end(fresh);
+    let (pid, mut own) = api(&mut client, false);
+    let to = SnapshotConfig { destination_url: format!("file://{}", directory.display()) };
+    let record = |own: &mut Client| own.send(&Request::VmWorkingSet(to.clone()));
+    own.send(&Request::VmPause).unwrap();
+    let (read, written) = resident(pid);
+    assert!(read > few && written >= none, "{read} and {written} KiB after {few} and {none}");
+    record(&mut own).unwrap();
+    zygote::end(pid);
+    let (_zygote, mut client) = zygote::start_with(&directory, ",prefault=on");
+    let (pid, _) = api(&mut client, true);
+    let (before, copies) = resident(pid);
+    assert!(copies >= written && before >= read, "{before} and {copies} KiB, {read} and {written} recorded");
+    zygote::end(pid);
+    // A list that is about something else is refused by its name.
+    std::fs::write(directory.join("working-set.json"), "{}").unwrap();
+    let flag =
+        format!("source_url=file://{},socket={},prefault=on", directory.display(), keep.path().join("z").display());
+    let refused = VmmCommand::new().arg("--zygote", flag).run();
+    assert!(refused.stderr.contains("working-set.json is damaged"), "{}", refused.stderr);
+    // Who shares nothing has nothing to tell.
+    let mut vmm = VmmCommand::tiny().api().spawn();
+    let error = record(&mut vmm.client()).unwrap_err().to_string();
+    assert!(error.contains("has its memory for itself"), "{error}");
+}
+
 /// Clones that wait are each somebody's once, and another takes the place of each.
 #[test]
 fn a_pool_serves_each_clone_once() {

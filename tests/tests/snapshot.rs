@@ -96,8 +96,13 @@ fn a_snapshot_is_restored_by_the_api() {
     let again = client.send(&Request::VmSnapshot(SnapshotConfig { destination_url: url(&directory) }));
     assert!(again.unwrap_err().to_string().contains("holds a snapshot already"));
     for (_, mode) in MODES {
-        let from =
-            RestoreConfig { source_url: url(&directory), prefault: false, memory_restore_mode: mode, resume: false, no_share: false };
+        let from = RestoreConfig {
+            source_url: url(&directory),
+            prefault: false,
+            memory_restore_mode: mode,
+            resume: false,
+            no_share: false,
+        };
         assert!(client.send(&Request::VmRestore(from.clone())).is_err(), "there is a machine");
         client.send(&Request::VmDelete).unwrap();
         client.send(&Request::VmRestore(from)).unwrap();

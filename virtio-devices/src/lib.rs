@@ -11,6 +11,7 @@ pub mod console;
 pub mod device;
 pub mod gpu;
 pub mod mapping;
+pub mod pagemap;
 pub mod pmem;
 pub mod registry;
 pub mod rng;

@@ -7,12 +7,15 @@
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::ptr;
 
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+use crate::pagemap::{Page, pages};
 
 /// Page size of all supported hosts' base pages, in bytes.
 pub const PAGE_SIZE: u64 = PAGE as u64;
@@ -134,8 +137,8 @@ impl Mapping {
     /// The offset of the first page of `len` bytes at `offset` that is a private copy and other than what `original` says of
     /// it: the page of a private mapping that was written. `original` fills a page with what is mapped at an offset.
     ///
-    /// Which pages are copies, the kernel tells (Documentation/admin-guide/mm/pagemap.rst): a page that is there and is not
-    /// the file's. That includes pages that only were about to be written, and the zero page, so the bytes decide.
+    /// Pages that are this process' own include those that only were about to be written, and the zero page, so the bytes
+    /// decide.
     ///
     /// # Errors
     /// If that cannot be found out.
@@ -145,36 +148,23 @@ impl Mapping {
         len: u64,
         original: impl Fn(u64, &mut [u8]) -> io::Result<()>,
     ) -> io::Result<Option<u64>> {
-        /// A page has an entry of so many bytes.
-        const ENTRY: u64 = 8;
-        const PRESENT_OR_SWAPPED: u64 = 3 << 62;
-        const FILE_PAGE: u64 = 1 << 61;
         let (start, size) = checked(offset, len, self.len as u64).map_err(io::Error::other)?;
         let first = self.host_address() + start as u64;
-        let pagemap = File::open("/proc/self/pagemap")?;
         let memory = File::open("/proc/self/mem")?;
         let (mut now, mut then) = ([0; PAGE], [0; PAGE]);
-        let mut entries = vec![0; 64 << 10];
-        let end = offset + size as u64;
-        let mut at = offset;
-        while at < end {
-            let wanted = usize::try_from((end - at) / PAGE_SIZE * ENTRY).unwrap_or(usize::MAX);
-            let part = entries.len().min(wanted);
-            let part = entries.get_mut(..part).unwrap_or_default();
-            pagemap.read_exact_at(part, (first + (at - offset)) / PAGE_SIZE * ENTRY)?;
-            for entry in part.as_chunks().0 {
-                let entry = u64::from_ne_bytes(*entry);
-                if entry & PRESENT_OR_SWAPPED != 0 && entry & FILE_PAGE == 0 {
-                    memory.read_exact_at(&mut now, first + (at - offset))?;
-                    original(at, &mut then)?;
-                    if now != then {
-                        return Ok(Some(at));
-                    }
+        let mut found = None;
+        pages(first, size as u64, |at, page| {
+            if page == Page::Own {
+                memory.read_exact_at(&mut now, first + at)?;
+                original(offset + at, &mut then)?;
+                if now != then {
+                    found = Some(offset + at);
+                    return Ok(ControlFlow::Break(()));
                 }
-                at += PAGE_SIZE;
             }
-        }
-        Ok(None)
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
     }
 
     /// First host address, for a KVM memory slot.

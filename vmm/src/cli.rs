@@ -109,7 +109,7 @@ pub struct Cli {
     /// Go on with a machine from a snapshot: source_url=file:///DIR,memory_restore_mode=copy|ondemand|copyonwrite,resume=true
     #[arg(long, value_name = "KEYS", value_parser = RestoreConfig::parse, conflicts_with_all = ["kernel", "firmware"])]
     pub restore: Option<RestoreConfig>,
-    /// Make clones of a snapshot for whoever asks on a socket: source_url=file:///DIR,socket=PATH,pool=N
+    /// Make clones of a snapshot for whoever asks on a socket: source_url=file:///DIR,socket=PATH,pool=N,prefault=on|off
     #[arg(long, value_name = "KEYS", value_parser = ZygoteConfig::parse,
           conflicts_with_all = ["kernel", "firmware", "restore", "api_socket", "event_monitor"])]
     pub zygote: Option<ZygoteConfig>,

@@ -350,6 +350,7 @@ impl Vmm {
             }
             Request::VmSnapshot(to) => self.snapshot(&to).map_err(|e| failure(&e))?,
             Request::VmLiveSnapshot(to) => return self.live_snapshot(&to).map(Reply::Forked).map_err(|e| failure(&e)),
+            Request::VmWorkingSet(to) => self.working_set(&to).map_err(|e| failure(&e))?,
             Request::VmRestore(from) => self.restore(&from).map_err(|e| failure(&e))?,
             // Refused before.
             Request::VmClone(_) => {}

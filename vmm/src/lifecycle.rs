@@ -31,7 +31,7 @@ pub enum Decision {
 pub fn decide(state: State, action: Action) -> Decision {
     use Action::{
         VmBoot, VmClone, VmCreate, VmDelete, VmInfo, VmLiveSnapshot, VmPause, VmPowerButton, VmReboot, VmRestore,
-        VmResume, VmShutdown, VmSnapshot, VmmPing, VmmShutdown,
+        VmResume, VmShutdown, VmSnapshot, VmWorkingSet, VmmPing, VmmShutdown,
     };
     use VmState::{Created, Paused, Running, Shutdown};
     match (action, state) {
@@ -42,7 +42,7 @@ pub fn decide(state: State, action: Action) -> Decision {
         (VmPause | VmPowerButton | VmLiveSnapshot, Some(Running)) | (VmResume | VmSnapshot, Some(Paused)) => {
             Decision::Admit
         }
-        (VmShutdown | VmReboot, Some(Running | Paused)) => Decision::Admit,
+        (VmShutdown | VmReboot | VmWorkingSet, Some(Running | Paused)) => Decision::Admit,
         (VmDelete, None) => Decision::Nothing,
         (VmClone, _) => {
             Decision::Refuse(Failure::Other(vec!["only a zygote makes clones; start one with --zygote".into()]))
@@ -58,9 +58,10 @@ pub fn decide(state: State, action: Action) -> Decision {
         (VmSnapshot, Some(Running)) => {
             Decision::Refuse(Failure::Other(vec!["VM is running; pause it before taking a snapshot".into()]))
         }
-        (VmPause | VmResume | VmShutdown | VmReboot | VmPowerButton | VmSnapshot | VmLiveSnapshot, _) => {
-            Decision::Refuse(Failure::NotRunning)
-        }
+        (
+            VmPause | VmResume | VmShutdown | VmReboot | VmPowerButton | VmSnapshot | VmLiveSnapshot | VmWorkingSet,
+            _,
+        ) => Decision::Refuse(Failure::NotRunning),
     }
 }
 
@@ -82,7 +83,7 @@ mod tests {
         }
     }
 
-    const ALL: [Action; 15] = [
+    const ALL: [Action; 16] = [
         Action::VmmPing,
         Action::VmmShutdown,
         Action::VmCreate,
@@ -98,6 +99,7 @@ mod tests {
         Action::VmRestore,
         Action::VmClone,
         Action::VmLiveSnapshot,
+        Action::VmWorkingSet,
     ];
 
     #[test]

@@ -11,6 +11,7 @@ use hypervisor::Vm;
 use virtio_devices::device::Memory;
 use virtio_devices::mapping::Mapping;
 use virtio_devices::transport::PciTransport;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::build::BuildError;
@@ -119,6 +120,12 @@ impl Machine {
             devices: self.transports.iter().map(device).collect::<Result<_, SnapshotError>>()?,
             vcpus: self.vcpus.save().map_err(hypervisor)?,
         })
+    }
+
+    /// Whether its memory is a private mapping of a snapshot's.
+    #[must_use]
+    pub(crate) fn shares_memory(&self) -> bool {
+        self.ram.iter().any(|region| region.file_offset().is_some() && region.flags() & libc::MAP_PRIVATE != 0)
     }
 
     /// Guest RAM.

@@ -103,7 +103,7 @@ impl Zygote {
         if !problems.is_empty() {
             return Err(VmmError::Config(problems));
         }
-        let mut template = Template::load(snapshot)?;
+        let mut template = Template::load(snapshot, from.prefault)?;
         // A terminal is the zygote's own, and no clone's.
         for stream in [&mut *template.config.serial, &mut template.config.console] {
             if stream.mode == ConsoleMode::Tty {

@@ -36,6 +36,8 @@ pub enum Request {
     VmSnapshot(SnapshotConfig),
     /// Save the running machine to a directory while it goes on running.
     VmLiveSnapshot(SnapshotConfig),
+    /// Keeps what the machine has touched beside the snapshot that it came from.
+    VmWorkingSet(SnapshotConfig),
     /// Make a machine from a snapshot.
     VmRestore(RestoreConfig),
     /// Make another process with a machine like the template's; only a zygote answers it.
@@ -59,6 +61,8 @@ pub enum Action {
     VmPowerButton,
     VmSnapshot,
     VmLiveSnapshot,
+    /// `vm.working-set`
+    VmWorkingSet,
     VmRestore,
     VmClone,
 }
@@ -110,6 +114,7 @@ const ROUTES: &[Route] = &[
     route(Action::VmPowerButton, Method::Put, "vm.power-button", "The power button could not be triggered"),
     route(Action::VmSnapshot, Method::Put, "vm.snapshot", "The VM could not be snapshotted"),
     route(Action::VmLiveSnapshot, Method::Put, "vm.live-snapshot", "The VM could not be snapshotted"),
+    route(Action::VmWorkingSet, Method::Put, "vm.working-set", "The working set could not be recorded"),
     route(Action::VmRestore, Method::Put, "vm.restore", "The VM could not be restored"),
     route(Action::VmClone, Method::Put, "vm.clone", "The VM could not be cloned"),
 ];
@@ -202,7 +207,13 @@ impl Request {
         Ok(match route.action {
             Action::VmmPing => Self::VmmPing,
             Action::VmmShutdown => Self::VmmShutdown,
-            Action::VmCreate | Action::VmSnapshot | Action::VmLiveSnapshot | Action::VmRestore if body.is_empty() => {
+            Action::VmCreate
+            | Action::VmSnapshot
+            | Action::VmLiveSnapshot
+            | Action::VmWorkingSet
+            | Action::VmRestore
+                if body.is_empty() =>
+            {
                 return Err(RequestError::NoBody);
             }
             Action::VmCreate => Self::VmCreate(Box::new(VmConfig::from_json(body)?)),
@@ -216,6 +227,7 @@ impl Request {
             Action::VmPowerButton => Self::VmPowerButton,
             Action::VmSnapshot => Self::VmSnapshot(SnapshotConfig::from_json(body)?),
             Action::VmLiveSnapshot => Self::VmLiveSnapshot(SnapshotConfig::from_json(body)?),
+            Action::VmWorkingSet => Self::VmWorkingSet(SnapshotConfig::from_json(body)?),
             Action::VmRestore => Self::VmRestore(RestoreConfig::from_json(body)?),
             Action::VmClone if body.is_empty() => Self::VmClone(CloneConfig::default()),
             Action::VmClone => Self::VmClone(CloneConfig::from_json(body)?),
@@ -238,6 +250,7 @@ impl Request {
             Self::VmPowerButton => Action::VmPowerButton,
             Self::VmSnapshot(_) => Action::VmSnapshot,
             Self::VmLiveSnapshot(_) => Action::VmLiveSnapshot,
+            Self::VmWorkingSet(_) => Action::VmWorkingSet,
             Self::VmRestore(_) => Action::VmRestore,
             Self::VmClone(_) => Action::VmClone,
         }
@@ -250,7 +263,9 @@ impl Request {
     pub fn body(&self) -> Result<Option<Vec<u8>>, serde_json::Error> {
         match self {
             Self::VmCreate(config) => json(config).map(Some),
-            Self::VmSnapshot(config) | Self::VmLiveSnapshot(config) => json(config).map(Some),
+            Self::VmSnapshot(config) | Self::VmLiveSnapshot(config) | Self::VmWorkingSet(config) => {
+                json(config).map(Some)
+            }
             Self::VmRestore(config) => json(config).map(Some),
             Self::VmClone(config) => json(config).map(Some),
             _ => Ok(None),
@@ -283,11 +298,13 @@ mod tests {
             Request::VmPowerButton,
             Request::VmSnapshot(SnapshotConfig { destination_url: "file:///s".into() }),
             Request::VmLiveSnapshot(SnapshotConfig { destination_url: "file:///l".into() }),
+            Request::VmWorkingSet(SnapshotConfig { destination_url: "file:///w".into() }),
             Request::VmRestore(RestoreConfig {
                 source_url: "file:///s".into(),
                 prefault: false,
                 memory_restore_mode: MemoryRestoreMode::Copy,
                 resume: true,
+                no_share: false,
             }),
             Request::VmClone(CloneConfig { fds: vec!["api".into()], ..CloneConfig::default() }),
         ]

@@ -53,7 +53,8 @@ pub enum MemoryRestoreMode {
 pub struct RestoreConfig {
     /// `file://` and the absolute path of a snapshot's directory.
     pub source_url: String,
-    /// Read all memory in, before the guest runs or, on demand, while it does.
+    /// Read memory in: all of it on demand, while the guest runs; copy-on-write the recorded working set, or all if none
+    /// was recorded, before it runs.
     #[serde(default)]
     pub prefault: bool,
     /// How memory is restored.
@@ -121,14 +122,16 @@ pub struct ZygoteConfig {
     pub socket: PathBuf,
     /// How many clones wait for requests, stopped just before their first instruction.
     pub pool: u8,
+    /// Let clones have the recorded working set, or all memory if none was recorded, before they run.
+    pub prefault: bool,
 }
 
 impl ZygoteConfig {
     /// The flag's syntax.
     pub const SYNTAX: Syntax =
-        Syntax { flag: "--zygote", words: &[], keys: &["source_url", "socket", "pool"], unsupported: &[] };
+        Syntax { flag: "--zygote", words: &[], keys: &["source_url", "socket", "pool", "prefault"], unsupported: &[] };
 
-    /// Reads `source_url=file:///DIR,socket=PATH,pool=N`.
+    /// Reads `source_url=file:///DIR,socket=PATH,pool=N,prefault=on|off`.
     ///
     /// # Errors
     /// An unknown or missing key, or a value that cannot be read.
@@ -138,6 +141,7 @@ impl ZygoteConfig {
             source_url: options.required("source_url", "the snapshot's directory, as file:///DIR")?,
             socket: options.required("socket", "a path, such as /run/zygote.sock")?,
             pool: options.number("pool")?.unwrap_or(0),
+            prefault: options.toggle("prefault", false)?,
         })
     }
 

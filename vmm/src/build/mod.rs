@@ -22,7 +22,7 @@ use vmm_config::VmConfig;
 use crate::machine::Machine;
 use crate::memory::{self, MemoryError};
 use crate::plan::Plan;
-use crate::snapshot::{MachineState, MemoryFile, OnDemand, SnapshotError, Source};
+use crate::snapshot::{MachineState, MemoryFile, OnDemand, SnapshotError, Source, WorkingSet};
 use crate::stream::Stream;
 use crate::vcpu::{Report, ThreadSetup, Vcpus};
 
@@ -133,6 +133,8 @@ pub struct Saved<'a> {
     pub state: &'a MachineState,
     /// Guest RAM.
     pub memory: SavedMemory<'a>,
+    /// What the guest has of a mapped file before it runs.
+    pub working_set: Option<&'a WorkingSet>,
 }
 
 /// Guest RAM in a snapshot, and how it becomes a machine's.
@@ -223,7 +225,13 @@ fn allocate_ram(from: &Ingredients<'_>) -> Result<Memory, BuildError> {
     let ranges = &from.plan.ram;
     Ok(match from.saved.map(|saved| saved.memory) {
         None | Some(SavedMemory::OnDemand(_)) => memory::allocate(ranges, from.config.memory.shared)?,
-        Some(SavedMemory::CopyOnWrite(file)) => memory::map_private(ranges, file)?,
+        Some(SavedMemory::CopyOnWrite(file)) => {
+            let ram = memory::map_private(ranges, file)?;
+            if let Some(set) = from.saved.and_then(|saved| saved.working_set) {
+                set.populate(&ram);
+            }
+            ram
+        }
         Some(SavedMemory::CopyOf(file)) => memory::copy_of(ranges, file, from.config.memory.shared)?,
         Some(SavedMemory::Copy(file)) => {
             let ram = memory::allocate(ranges, from.config.memory.shared)?;

@@ -12,7 +12,7 @@ use vmm_config::{CloneConfig, ConsoleConfig, MemoryRestoreMode, RestoreConfig, S
 use super::writer::Writer;
 use super::{Created, Vmm, VmmError, no_machine};
 use crate::build::{Chassis, Saved, SavedMemory};
-use crate::snapshot::{Destination, Snapshot, SnapshotError, Source, Template};
+use crate::snapshot::{Destination, Snapshot, SnapshotError, Source, Template, WorkingSet};
 use crate::stream::Stream;
 
 impl Vmm {
@@ -63,23 +63,29 @@ impl Vmm {
         let memory = &snapshot.memory;
         let mode = if from.no_share { MemoryRestoreMode::Copy } else { from.memory_restore_mode };
         match mode {
-            MemoryRestoreMode::Copy => self.build_from(snapshot, SavedMemory::Copy(memory)),
+            MemoryRestoreMode::Copy => self.build_from(snapshot, SavedMemory::Copy(memory), None),
             MemoryRestoreMode::OnDemand => {
                 let source = Source::new(snapshot, from.prefault)?;
-                self.build_from(snapshot, SavedMemory::OnDemand(&source))
+                self.build_from(snapshot, SavedMemory::OnDemand(&source), None)
             }
             MemoryRestoreMode::CopyOnWrite => {
                 snapshot.check_copy_on_write()?;
                 memory.verify()?;
                 let file = memory.file().try_clone().map(Arc::new);
                 let file = file.map_err(|e| VmmError::State(format!("cannot map the snapshot's memory: {e}")))?;
-                self.build_from(snapshot, SavedMemory::CopyOnWrite(&file))
+                let working_set = if from.prefault { Some(snapshot.working_set()?) } else { None };
+                self.build_from(snapshot, SavedMemory::CopyOnWrite(&file), working_set.as_ref())
             }
         }
     }
 
-    fn build_from(&mut self, snapshot: &Snapshot, memory: SavedMemory<'_>) -> Result<(), VmmError> {
-        let saved = Saved { state: &snapshot.state, memory };
+    fn build_from(
+        &mut self,
+        snapshot: &Snapshot,
+        memory: SavedMemory<'_>,
+        working_set: Option<&WorkingSet>,
+    ) -> Result<(), VmmError> {
+        let saved = Saved { state: &snapshot.state, memory, working_set };
         self.build(&snapshot.state.plan, Some(saved))
     }
 
@@ -169,6 +175,24 @@ impl Vmm {
         self.event("vm", "snapshotting");
         resumed?;
         Ok(ForkInfo { paused_us })
+    }
+
+    /// Keeps what the machine has touched of a snapshot's memory beside that snapshot.
+    ///
+    /// # Errors
+    /// If its memory is no snapshot's, or the list cannot be written.
+    pub(super) fn working_set(&mut self, to: &SnapshotConfig) -> Result<(), VmmError> {
+        let directory = to.directory().ok_or_else(|| SnapshotError::Url(to.destination_url.clone()))?;
+        let machine = self.created.as_ref().and_then(|created| created.machine.as_ref()).ok_or_else(no_machine)?;
+        if !machine.shares_memory() {
+            let why = "the machine has its memory for itself: only one that came copy-on-write from a snapshot can say \
+                       what it needs of it";
+            return Err(VmmError::State(why.into()));
+        }
+        let set = WorkingSet::record(machine.ram());
+        let set =
+            set.map_err(|e| VmmError::State(format!("it cannot be found out what the machine has touched: {e}")))?;
+        Ok(set.write(directory)?)
     }
 
     /// The writer of a live snapshot has something to say, or has ended.

@@ -16,6 +16,7 @@ mod ondemand;
 mod state;
 mod template;
 mod uffd;
+mod working_set;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -33,6 +34,7 @@ pub use ondemand::{OnDemand, Source};
 pub use state::{MachineState, SavedDevice};
 pub use template::Template;
 pub use uffd::UffdError;
+pub use working_set::WorkingSet;
 
 /// The version of the format that is written and read.
 pub const VERSION: u32 = 1;
@@ -41,6 +43,8 @@ const MANIFEST: &str = "snapshot.json";
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.bin";
 const SUMS: &str = "memory.sums";
+/// No part of the snapshot, see [`WorkingSet`].
+const WORKING_SET: &str = "working-set.json";
 const MEMORY: &str = "memory";
 
 /// The most bytes of each file but the memory, so that a damaged snapshot cannot exhaust the host.
@@ -134,6 +138,7 @@ pub struct Snapshot {
     pub state: MachineState,
     /// Guest RAM.
     pub memory: Arc<MemoryFile>,
+    directory: PathBuf,
 }
 
 impl Snapshot {
@@ -153,7 +158,7 @@ impl Snapshot {
         let max_sums = memory::sums_size(&state.plan.ram);
         let sums = read_verified(&directory.join(SUMS), &manifest.memory_sums, max_sums)?;
         let memory = Arc::new(MemoryFile::open(directory.join(MEMORY), &sums, &state.plan.ram)?);
-        Ok(Self { config, state, memory })
+        Ok(Self { config, state, memory, directory: directory.to_owned() })
     }
 
     /// Whether its guest can go on on a host that supports `cpuid`, and was told nothing that no guest is told.
@@ -170,6 +175,15 @@ impl Snapshot {
             }
         }
         Ok(())
+    }
+
+    /// The pages that a machine is to have beforehand: those that are known to be needed, or all.
+    ///
+    /// # Errors
+    /// If what is known cannot be read.
+    pub fn working_set(&self) -> Result<WorkingSet, SnapshotError> {
+        let len = self.memory.len();
+        Ok(WorkingSet::read(&self.directory, len)?.unwrap_or_else(|| WorkingSet::whole(len)))
     }
 
     /// Whether its memory can be the private mapping of a file.

@@ -10,7 +10,7 @@ use vmm_config::VmConfig;
 
 use crate::build::{Saved, SavedMemory};
 
-use super::{MachineState, Snapshot, SnapshotError, file_error};
+use super::{MachineState, Snapshot, SnapshotError, WorkingSet, file_error};
 
 /// A template in memory.
 pub struct Template {
@@ -20,15 +20,18 @@ pub struct Template {
     pub state: MachineState,
     /// Its RAM: a sealed memfd.
     pub memory: Arc<File>,
+    /// What clones have of it before they run.
+    pub working_set: Option<WorkingSet>,
 }
 
 impl Template {
-    /// Reads and verifies all of a snapshot.
+    /// Reads and verifies all of a snapshot; `prefault`: clones have its working set beforehand.
     ///
     /// # Errors
     /// If its memory is damaged or cannot be read, or the host has no room for it.
-    pub fn load(snapshot: Snapshot) -> Result<Self, SnapshotError> {
-        let Snapshot { config, state, memory } = snapshot;
+    pub fn load(snapshot: Snapshot, prefault: bool) -> Result<Self, SnapshotError> {
+        let working_set = if prefault { Some(snapshot.working_set()?) } else { None };
+        let Snapshot { config, state, memory, .. } = snapshot;
         let path = memory.path().to_owned();
         let fail = file_error("load into memory", &path);
         let make = || -> io::Result<File> {
@@ -40,12 +43,12 @@ impl Template {
         memory.read(|chunk, part| file.write_all_at(part, chunk.offset))?;
         let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         fcntl_add_seals(&file, seals).map_err(|e| fail(e.into()))?;
-        Ok(Self { config, state, memory: Arc::new(file) })
+        Ok(Self { config, state, memory: Arc::new(file), working_set })
     }
 
     /// What a clone is made from; `share`: with this memory, until it writes to it.
     pub(crate) fn saved(&self, share: bool) -> Saved<'_> {
         let memory = if share { SavedMemory::CopyOnWrite(&self.memory) } else { SavedMemory::CopyOf(&self.memory) };
-        Saved { state: &self.state, memory }
+        Saved { state: &self.state, memory, working_set: self.working_set.as_ref().filter(|_| share) }
     }
 }

@@ -219,7 +219,7 @@ fn check_cpu(change: impl FnOnce(&mut Vec<CpuidEntry>), host: &[CpuidEntry]) -> 
     let (state, _) = read(directory.path()).unwrap();
     let sums = fs::read(directory.path().join(SUMS)).unwrap();
     let memory = MemoryFile::open(directory.path().join(MEMORY), &sums, &state.plan.ram).unwrap();
-    Snapshot { config, state, memory: Arc::new(memory) }.check_cpu(host)
+    Snapshot { config, state, memory: Arc::new(memory), directory: PathBuf::new() }.check_cpu(host)
 }
 
 #[test]

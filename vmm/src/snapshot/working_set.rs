@@ -1,0 +1,208 @@
+//! The pages of a snapshot's memory that a machine needs first, so that others can have them before they run.
+//!
+//! A machine that was restored or cloned is asked for what it has touched (`vm.working-set`); the answer is kept beside the
+//! snapshot, where it is a hint and nothing else: `prefault=on` lets machines that share the memory have those pages from
+//! the beginning, the ones that were written as copies of their own.
+#![expect(unsafe_code, reason = "madvise")]
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rustix::mm::{Advice, madvise};
+use serde::{Deserialize, Serialize};
+use virtio_devices::device::Memory;
+use virtio_devices::mapping::PAGE_SIZE;
+use virtio_devices::pagemap::{Page, pages};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{SnapshotError, WORKING_SET, damaged, file_error, read_file};
+
+/// The longest list that is read, in bytes.
+const MAX_LIST: u64 = 16 << 20;
+
+/// Parts of a snapshot's memory: offset and length in bytes, whole pages, in the order of the memory file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkingSet {
+    /// What was looked at.
+    read: Vec<(u64, u64)>,
+    /// What was written.
+    written: Vec<(u64, u64)>,
+}
+
+impl WorkingSet {
+    /// All of a memory of `len` bytes, for machines of which nothing is known.
+    #[must_use]
+    pub fn whole(len: u64) -> Self {
+        Self { read: vec![(0, len)], written: Vec::new() }
+    }
+
+    /// What a machine whose memory is a private mapping of the snapshot's has touched.
+    ///
+    /// # Errors
+    /// If the kernel does not tell.
+    pub fn record(memory: &Memory) -> io::Result<Self> {
+        let (mut read, mut written) = (Vec::new(), Vec::new());
+        let mut before = 0;
+        for region in memory.iter() {
+            pages(region.as_ptr() as u64, region.len(), |offset, page| {
+                match page {
+                    Page::Missing => {}
+                    Page::File => add(&mut read, before + offset),
+                    Page::Own => add(&mut written, before + offset),
+                }
+                Ok(ControlFlow::Continue(()))
+            })?;
+            before += region.len();
+        }
+        Ok(Self { read, written })
+    }
+
+    /// Keeps it beside the snapshot in `directory`, instead of another one.
+    ///
+    /// # Errors
+    /// If it cannot be written; what was there before is there then.
+    pub fn write(&self, directory: &Path) -> Result<(), SnapshotError> {
+        let (path, partial) = (directory.join(WORKING_SET), directory.join(format!("{WORKING_SET}.partial")));
+        let write = || -> io::Result<()> {
+            let text = serde_json::to_vec(self)?;
+            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&partial)?;
+            file.write_all(&text)?;
+            file.sync_all()?;
+            fs::rename(&partial, &path)?;
+            File::open(directory)?.sync_all()
+        };
+        write().map_err(file_error("write", &path))
+    }
+
+    /// Reads what is kept beside a snapshot whose memory has `len` bytes; nothing if nothing is.
+    ///
+    /// # Errors
+    /// If it cannot be read, or is about another memory.
+    pub fn read(directory: &Path, len: u64) -> Result<Option<Self>, SnapshotError> {
+        let path = directory.join(WORKING_SET);
+        if !fs::exists(&path).map_err(file_error("look for", &path))? {
+            return Ok(None);
+        }
+        let this: Self = serde_json::from_slice(&read_file(&path, MAX_LIST)?)
+            .map_err(|e| damaged(&path, format!("it is no list of pages: {e}")))?;
+        let fits = |(start, size): &(u64, u64)| {
+            start % PAGE_SIZE == 0 && size % PAGE_SIZE == 0 && start.checked_add(*size).is_some_and(|end| end <= len)
+        };
+        match this.read.iter().chain(&this.written).all(fits) {
+            true => Ok(Some(this)),
+            false => Err(damaged(&path, "it is about a memory of another size; record it again")),
+        }
+    }
+
+    /// Lets `memory` have these pages. What the host refuses is left for the guest to touch.
+    pub fn populate(&self, memory: &Memory) {
+        let mut before = 0;
+        for region in memory.iter() {
+            let end = before + region.len();
+            let parts = |list: &[(u64, u64)], advice| {
+                for (start, size) in list {
+                    let (first, last) = ((*start).max(before), start.saturating_add(*size).min(end));
+                    let (Ok(at), Ok(len)) =
+                        (usize::try_from(first - before), usize::try_from(last.saturating_sub(first)))
+                    else {
+                        continue;
+                    };
+                    if first >= last {
+                        continue;
+                    }
+                    // SAFETY: the part lies in the region, which `memory` owns; populating changes no byte of it.
+                    if let Err(e) = unsafe { madvise(region.as_ptr().wrapping_add(at).cast(), len, advice) } {
+                        log::warn!("cannot have the working set beforehand: {e}");
+                        return;
+                    }
+                }
+            };
+            parts(&self.written, Advice::LinuxPopulateWrite);
+            parts(&self.read, Advice::LinuxPopulateRead);
+            before = end;
+        }
+    }
+}
+
+/// Adds a page that comes after those in `list`.
+fn add(list: &mut Vec<(u64, u64)>, at: u64) {
+    match list.last_mut() {
+        Some((start, size)) if *start + *size == at => *size += PAGE_SIZE,
+        _ => list.push((at, PAGE_SIZE)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::memory::map_private;
+    use crate::plan::PlannedRam;
+
+    const LEN: u64 = 4 << 20;
+
+    /// Memory in two ranges that is a private mapping of a file.
+    fn memory() -> Memory {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(LEN).unwrap();
+        let ram = [(0, 1 << 20, 0), (1 << 32, 3 << 20, 1)].map(|(start, len, slot)| PlannedRam { start, len, slot });
+        map_private(&ram, &Arc::new(file)).unwrap()
+    }
+
+    fn is_in(list: &[(u64, u64)], at: u64) -> bool {
+        list.iter().any(|(start, size)| (*start..start + size).contains(&at))
+    }
+
+    #[test]
+    fn what_one_machine_touched_another_has_beforehand() {
+        let first = memory();
+        first.write_obj(1u8, GuestAddress(0x3000)).unwrap();
+        first.write_obj(1u8, GuestAddress((1 << 32) + 0x5000)).unwrap();
+        let _: u8 = first.read_obj(GuestAddress((1 << 32) + 0x10_0000)).unwrap();
+        let set = WorkingSet::record(&first).unwrap();
+        assert_eq!(set.written, [(0x3000, PAGE_SIZE), ((1 << 20) + 0x5000, PAGE_SIZE)]);
+        assert!(is_in(&set.read, 0x20_0000), "{set:?}");
+        let second = memory();
+        let none = WorkingSet::record(&second).unwrap();
+        assert_eq!((none.written.len(), none.read.len()), (0, 0));
+        set.populate(&second);
+        let after = WorkingSet::record(&second).unwrap();
+        assert_eq!(after.written, set.written);
+        assert!(is_in(&after.read, 0x20_0000), "{after:?}");
+        let byte: u8 = second.read_obj(GuestAddress(0x3000)).unwrap();
+        assert_eq!(byte, 0, "the other's write is the other's");
+    }
+
+    #[test]
+    fn it_is_kept_beside_the_snapshot() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(WorkingSet::read(directory.path(), LEN).unwrap(), None);
+        let set = WorkingSet { read: vec![(0, 4096)], written: vec![(LEN - 4096, 4096)] };
+        set.write(directory.path()).unwrap();
+        assert_eq!(WorkingSet::read(directory.path(), LEN).unwrap(), Some(set));
+        let refusal = |len| WorkingSet::read(directory.path(), len).unwrap_err().to_string();
+        assert!(refusal(LEN - 4096).contains("another size"));
+        for text in [r#"{"read":[[0,1]],"written":[]}"#, r#"{"read":[[18446744073709547520,8192]],"written":[]}"#] {
+            fs::write(directory.path().join(WORKING_SET), text).unwrap();
+            assert!(refusal(LEN).contains("another size"), "{text}");
+        }
+        fs::write(directory.path().join(WORKING_SET), "[").unwrap();
+        assert!(refusal(LEN).contains("no list of pages"));
+    }
+
+    #[test]
+    fn a_host_that_refuses_is_no_harm() {
+        let memory = memory();
+        // Not a part of this memory: left out.
+        WorkingSet { read: vec![(LEN, 4096), (u64::MAX - 4095, 4096)], written: Vec::new() }.populate(&memory);
+        WorkingSet::whole(LEN).populate(&memory);
+        assert_eq!(WorkingSet::record(&memory).unwrap(), WorkingSet::whole(LEN));
+    }
+}
