@@ -32,6 +32,14 @@ pub enum TemplateCommand {
     Build(BuildOptions),
     /// Make a template's kernel and initramfs anew and keep its root image
     Refresh(RefreshOptions),
+    /// Boot a template once and keep it, so that VMs of it start as clones
+    Warm(WarmOptions),
+    /// End and remove what was warmed of templates that are gone or have changed
+    Gc {
+        /// The VMM [default: spectrum-vmm next to this program or in PATH]
+        #[arg(long, env = "SPECTRUM_VMM", value_name = "FILE")]
+        vmm: Option<PathBuf>,
+    },
     /// List the templates
     List,
     /// Remove a template
@@ -84,6 +92,28 @@ pub struct BootOptions {
     pub guest: Option<PathBuf>,
 }
 
+/// What `template warm` takes. A clone has the memory and the CPUs of what was warmed: these are what `run` looks for.
+#[derive(Debug, Args)]
+pub struct WarmOptions {
+    /// Name of the template
+    pub name: String,
+    /// The VMM [default: spectrum-vmm next to this program or in PATH]
+    #[arg(long, env = "SPECTRUM_VMM", value_name = "FILE")]
+    pub vmm: Option<PathBuf>,
+    /// Memory of the VMs
+    #[arg(long, default_value = "512M", value_name = "SIZE")]
+    pub memory: String,
+    /// Virtual CPUs
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..), value_name = "NUMBER")]
+    pub cpus: u8,
+    /// For applications that have no windows
+    #[arg(long)]
+    pub no_wayland: bool,
+    /// Seconds the VM may take until it can be saved
+    #[arg(long, env = "SPECTRUM_BOOT_TIMEOUT", default_value_t = 300, value_name = "SECONDS")]
+    pub boot_timeout: u64,
+}
+
 /// What `run` takes.
 #[derive(Debug, Args)]
 pub struct RunOptions {
@@ -120,6 +150,12 @@ pub struct RunOptions {
     /// Seconds the VM may take until it can run the application
     #[arg(long, env = "SPECTRUM_BOOT_TIMEOUT", default_value_t = 300, value_name = "SECONDS")]
     pub boot_timeout: u64,
+    /// Boot the VM instead of cloning the warm template
+    #[arg(long, env = "SPECTRUM_BOOT")]
+    pub boot: bool,
+    /// Say nothing about how the VM is started
+    #[arg(long, short)]
+    pub quiet: bool,
     /// Show the VMM's messages and the VM's console on standard error
     #[arg(long)]
     pub debug: bool,

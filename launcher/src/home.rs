@@ -57,6 +57,11 @@ impl Home {
         Ok(self.templates().join(name))
     }
 
+    /// The folder with what was saved of warm templates.
+    pub fn warm(&self) -> PathBuf {
+        self.0.join("warm")
+    }
+
     /// The folder for downloads that a later build can use again.
     pub fn cache(&self) -> PathBuf {
         self.0.join("cache")

@@ -33,8 +33,13 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
         Command::Run(options) => return Ok(run::run(&home, &options)?),
         Command::Template(TemplateCommand::Build(options)) => template::build(&home, &options)?,
         Command::Template(TemplateCommand::Refresh(options)) => template::refresh(&home, &options)?,
+        Command::Template(TemplateCommand::Warm(options)) => run::warm(&home, &options)?,
+        Command::Template(TemplateCommand::Gc { vmm }) => run::sweep(&home, vmm.as_deref())?,
         Command::Template(TemplateCommand::List) => template::list(&home)?,
-        Command::Template(TemplateCommand::Rm { name }) => template::remove(&home, &name)?,
+        Command::Template(TemplateCommand::Rm { name }) => {
+            template::remove(&home, &name)?;
+            run::cool(&home, &name)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -10,6 +10,9 @@ use std::{
 
 use rustix::fs::{FlockOperation, flock};
 
+/// The file that is locked as long as a folder is in use.
+pub const LOCK: &str = "lock";
+
 /// Longest name a socket in the folder has.
 const LONGEST_NAME: usize = "vsock.sock_4294967295".len();
 
@@ -25,24 +28,17 @@ pub struct RunFolder {
 }
 
 impl RunFolder {
-    /// Makes a new one below `$XDG_RUNTIME_DIR`, or below the temporary folder.
+    /// Makes a new one below [`base`].
     pub fn create() -> io::Result<Self> {
-        let base = match env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute()) {
-            Some(base) => base.join("spectrum"),
-            None => env::temp_dir().join(format!("spectrum-{}", rustix::process::geteuid().as_raw())),
-        };
-        Self::create_in(&base)
+        Self::create_in(&base())
     }
 
     fn create_in(base: &Path) -> io::Result<Self> {
-        match fs::DirBuilder::new().mode(0o700).create(base) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => check_owner(base)?,
-        }
+        make_base(base)?;
         remove_stale(base);
         let private = fs::Permissions::from_mode(0o700);
         let folder = tempfile::Builder::new().prefix("vm-").permissions(private).tempdir_in(base)?;
-        let lock = File::create(folder.path().join("lock"))?;
+        let lock = File::create(folder.path().join(LOCK))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
         let longest = folder.path().as_os_str().len() + 1 + LONGEST_NAME;
         if longest > LONGEST_SOCKET {
@@ -56,6 +52,22 @@ impl RunFolder {
     /// Path of a file in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+}
+
+/// The folder of all running VMs, below `$XDG_RUNTIME_DIR`, or below the temporary folder.
+pub fn base() -> PathBuf {
+    match env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute()) {
+        Some(base) => base.join("spectrum"),
+        None => env::temp_dir().join(format!("spectrum-{}", rustix::process::geteuid().as_raw())),
+    }
+}
+
+/// Makes it, if it is not there. Nobody else can look into it.
+pub fn make_base(base: &Path) -> io::Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(base) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => check_owner(base),
     }
 }
 
@@ -74,7 +86,7 @@ fn remove_stale(base: &Path) {
     let Ok(entries) = fs::read_dir(base) else { return };
     for entry in entries.flatten() {
         // A folder without a lock file is just being made.
-        let Ok(lock) = File::open(entry.path().join("lock")) else { continue };
+        let Ok(lock) = File::open(entry.path().join(LOCK)) else { continue };
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
             let _ = fs::remove_dir_all(entry.path());
         }

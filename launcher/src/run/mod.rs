@@ -11,16 +11,22 @@ mod relay;
 mod signals;
 mod tail;
 mod vm;
+mod warm;
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 use guest_proto::{ExitStatus, IdentityError, LinkError, Request, Run};
 use options::Settings;
 use relay::Relay;
 use signals::Signals;
 use vm::Vm;
+use warm::Warm;
 
-use crate::{cli::RunOptions, home::Home, template};
+use crate::{
+    cli::{RunOptions, WarmOptions},
+    home::Home,
+    template,
+};
 
 /// Why the application was not run to its end.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +37,8 @@ pub enum RunError {
     Options(#[from] options::OptionsError),
     #[error(transparent)]
     Vm(#[from] vm::VmError),
+    #[error(transparent)]
+    Warm(#[from] warm::WarmError),
     #[error("lost the agent in the VM: {0}")]
     Agent(#[from] LinkError),
     #[error(transparent)]
@@ -54,7 +62,7 @@ pub fn run(home: &Home, options: &RunOptions) -> Result<ExitCode, RunError> {
     let settings = Settings::new(home, options)?;
     // Before anything is started, or a signal could leave it behind.
     let signals = Signals::new().map_err(io_error("receive signals"))?;
-    let mut vm = Vm::start(&settings)?;
+    let mut vm = start(home, &settings, &signals, options)?;
     let result = in_vm(&mut vm, &signals, &settings, options);
     match result {
         Ok(status) => {
@@ -66,6 +74,57 @@ pub fn run(home: &Home, options: &RunOptions) -> Result<ExitCode, RunError> {
         Err(RunError::Agent(error)) => Err(vm.reason_for_loss().map_or(RunError::Agent(error), RunError::Vm)),
         Err(error) => Err(error),
     }
+}
+
+/// A clone of the warm template, or, where that cannot be, a VM that boots.
+fn start(home: &Home, settings: &Settings, signals: &Signals, options: &RunOptions) -> Result<Vm, RunError> {
+    let tell = |text: &str| {
+        if !options.quiet {
+            eprintln!("spectrum: {text}");
+        }
+    };
+    if options.boot {
+        return Vm::boot(settings);
+    }
+    if let Some(why) = settings.boots_because() {
+        tell(&format!("booting: {why}"));
+        return Vm::boot(settings);
+    }
+    let cloned = Warm::of(home, settings).and_then(|warm| {
+        let mut zygote = warm.ready(settings, signals, tell)?;
+        Vm::clone_of(&mut zygote, warm.log(), settings)
+    });
+    match cloned {
+        Err(error @ RunError::Interrupted(_)) => Err(error),
+        Err(error) => {
+            tell(&format!("booting, since a clone is not to be had: {error}"));
+            Vm::boot(settings)
+        }
+        cloned => cloned,
+    }
+}
+
+/// Warms a template, so that VMs of it are clones.
+pub fn warm(home: &Home, options: &WarmOptions) -> Result<(), RunError> {
+    let settings = Settings::to_warm(home, options)?;
+    let signals = Signals::new().map_err(io_error("receive signals"))?;
+    Warm::of(home, &settings)?.ready(&settings, &signals, |text| eprintln!("spectrum: {text}"))?;
+    Ok(())
+}
+
+/// Ends and removes what was warmed of templates that are gone or have changed. Prints what.
+pub fn sweep(home: &Home, vmm: Option<&Path>) -> Result<(), RunError> {
+    let vmm = options::find_vmm(vmm)?;
+    let gone = warm::sweep(home, warm::current(home, &vmm)).map_err(io_error("remove what was warmed"))?;
+    gone.iter().for_each(|name| println!("{name}"));
+    Ok(())
+}
+
+/// Ends and removes all that was warmed of a template.
+pub fn cool(home: &Home, template: &str) -> Result<(), RunError> {
+    let prefix = format!("{template}@");
+    warm::sweep(home, |what| !what.starts_with(&prefix)).map_err(io_error("remove what was warmed"))?;
+    Ok(())
 }
 
 fn in_vm(vm: &mut Vm, signals: &Signals, settings: &Settings, options: &RunOptions) -> Result<ExitStatus, RunError> {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::{
-    cli::RunOptions,
+    cli::{RunOptions, WarmOptions},
     home::Home,
     template::{self, Template, TemplateError},
 };
@@ -88,6 +88,34 @@ impl Settings {
     }
 }
 
+impl Settings {
+    /// What a template is warmed with. No compositor is needed for that.
+    pub fn to_warm(home: &Home, options: &WarmOptions) -> Result<Self, OptionsError> {
+        let template = template::open(home, &options.name)?;
+        check_key_value(&template.folder)?;
+        Ok(Self {
+            template,
+            vmm: find_vmm(options.vmm.as_deref())?,
+            wayland: (!options.no_wayland).then(|| "/run/no-compositor".into()),
+            memory: options.memory.clone(),
+            cpus: options.cpus,
+            hostname: "template".into(),
+            environment: BTreeMap::new(),
+            vmm_arguments: Vec::new(),
+            debug: false,
+            boot_timeout: Duration::from_secs(options.boot_timeout),
+        })
+    }
+
+    /// Why this VM cannot be a clone; nothing if it can.
+    pub fn boots_because(&self) -> Option<&'static str> {
+        if self.debug {
+            return Some("--debug shows how it boots");
+        }
+        (!self.vmm_arguments.is_empty()).then_some("a clone's VMM takes no --vmm-arg")
+    }
+}
+
 fn template_name(home: &Home, named: Option<&str>) -> Result<String, OptionsError> {
     if let Some(name) = named {
         return Ok(name.to_owned());
@@ -101,7 +129,7 @@ fn template_name(home: &Home, named: Option<&str>) -> Result<String, OptionsErro
     }
 }
 
-fn find_vmm(named: Option<&Path>) -> Result<PathBuf, OptionsError> {
+pub fn find_vmm(named: Option<&Path>) -> Result<PathBuf, OptionsError> {
     const NAME: &str = "spectrum-vmm";
     if let Some(path) = named {
         return if path.is_file() { Ok(path.to_owned()) } else { Err(OptionsError::VmmMissing(path.to_owned())) };

@@ -11,8 +11,8 @@ use std::{
             net::{UnixListener, UnixStream},
         },
     },
-    path::Path,
-    process::{Child, Command, ExitStatus, Stdio},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -24,7 +24,17 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 
-use super::{RunError, folder::RunFolder, io_error, options::Settings, signals::Signals, tail::Tail};
+use vmm_api::{Client, ClientError};
+use vmm_config::CloneConfig;
+
+use super::{
+    RunError,
+    folder::RunFolder,
+    io_error,
+    options::Settings,
+    signals::Signals,
+    tail::{Tail, printable},
+};
 use crate::template::{INITRAMFS, ROOT, VMLINUZ};
 
 /// The launcher's end of a connection to the agent.
@@ -32,6 +42,13 @@ pub type AgentLink = Link<FromAgent, ToAgent>;
 
 /// Every VM has the same: they share nothing that would need different ones.
 const GUEST_CID: u32 = 3;
+
+/// Sockets in the VM's private folder.
+const API: &str = "api.sock";
+const VSOCK: &str = "vsock.sock";
+
+/// The identifier that the VMM gives a vsock device.
+const VSOCK_DEVICE: &str = "_vsock0";
 
 /// How long a VM may take to power off, and a VMM to end when told to.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -44,10 +61,12 @@ const SHOWN: usize = 15;
 pub enum VmError {
     #[error("cannot start the VMM {vmm}: {source}")]
     Start { vmm: String, source: io::Error },
-    #[error("the VMM ended ({status}) before the application did{messages}")]
-    Ended { status: ExitStatus, messages: String },
+    #[error("the VMM ended ({how}) before the application did{messages}")]
+    Ended { how: String, messages: String },
     #[error("the VM was not ready after {} s{messages}", after.as_secs())]
     NotReady { after: Duration, messages: String },
+    #[error("the zygote makes no clone: {0}")]
+    Clone(ClientError),
     #[error("the VM has no connection for the launcher: {0}")]
     NoConnection(String),
     #[error(
@@ -56,22 +75,34 @@ pub enum VmError {
     Version(u32),
 }
 
+/// The VMM's process, whoever's child it is.
+enum Process {
+    Child(Child),
+    /// A zygote's.
+    Clone {
+        pid: u32,
+        /// Where the zygote and its clones write.
+        log: PathBuf,
+    },
+}
+
 /// A running VMM. Dropping it ends it.
 pub struct Vm {
-    child: Child,
+    process: Process,
     pidfd: OwnedFd,
     folder: RunFolder,
     ready: UnixListener,
     /// Open for as long as the agent lives.
     agent: Option<AgentLink>,
-    messages: Tail,
+    /// Of a child.
+    messages: Option<Tail>,
     console: Tail,
     boot_timeout: Duration,
 }
 
 impl Vm {
-    /// Starts the VMM.
-    pub fn start(settings: &Settings) -> Result<Self, RunError> {
+    /// Starts a VMM that boots.
+    pub fn boot(settings: &Settings) -> Result<Self, RunError> {
         let folder = RunFolder::create().map_err(io_error("make a private folder for the VM"))?;
         // Both must be there before the VM: the agent connects as soon as it can, the console is open from the first line.
         let ready = UnixListener::bind(folder.path(&format!("vsock.sock_{READY_PORT}")))
@@ -87,18 +118,51 @@ impl Vm {
         let child = command.spawn().map_err(fail)?;
         // The write ends must be the child's alone, or its end would not be seen.
         drop(command);
-        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH);
-        let pidfd = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())).map_err(io_error("watch the VMM"))?;
+        let pidfd = watch(child.id())?;
         Ok(Self {
-            child,
+            process: Process::Child(child),
             pidfd,
             folder,
             ready,
             agent: None,
-            messages: Tail::new(read, settings.debug),
+            messages: Some(Tail::new(read, settings.debug)),
             console: Tail::new(console.into(), settings.debug),
             boot_timeout: settings.boot_timeout,
         })
+    }
+
+    /// Asks a zygote, whose messages are in `log`, for a clone.
+    pub fn clone_of(zygote: &mut Client, log: PathBuf, settings: &Settings) -> Result<Self, RunError> {
+        let folder = RunFolder::create().map_err(io_error("make a private folder for the VM"))?;
+        let listen = |name: &str| UnixListener::bind(folder.path(name)).map_err(io_error("listen for the VM"));
+        let ready = listen(&format!("vsock.sock_{READY_PORT}"))?;
+        let (api, vsock) = (listen(API)?, listen(VSOCK)?);
+        let (console, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .map_err(io_error("make a pipe for the VM's console"))?;
+        ioctl_fionbio(&console, true).map_err(io_error("read the VM's console"))?;
+        let config = CloneConfig {
+            fds: ["api", "console", VSOCK_DEVICE].map(String::from).into(),
+            vsock_socket: Some(folder.path(VSOCK)),
+            wayland: settings.wayland.clone(),
+            ..CloneConfig::default()
+        };
+        let info = zygote.clone_vm(config, &[api.as_fd(), write.as_fd(), vsock.as_fd()]).map_err(VmError::Clone)?;
+        let pid = u32::try_from(info.pid).unwrap_or_default();
+        Ok(Self {
+            pidfd: watch(pid)?,
+            process: Process::Clone { pid, log },
+            folder,
+            ready,
+            agent: None,
+            messages: None,
+            console: Tail::new(console, settings.debug),
+            boot_timeout: settings.boot_timeout,
+        })
+    }
+
+    /// A connection to the VMM's API.
+    pub fn api(&self) -> Result<Client, ClientError> {
+        Client::connect(&self.folder.path(API))
     }
 
     /// Waits until one of `wanted` is ready, and gives what happened to each. Meanwhile messages are read, signals and the
@@ -113,7 +177,8 @@ impl Vm {
             let mut set: Vec<PollFd<'_>> =
                 wanted.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
             set.push(PollFd::new(&self.pidfd, PollFlags::IN));
-            let others = signals.fds().chain(self.messages.fd()).chain(self.console.fd());
+            let messages = self.messages.as_ref().and_then(Tail::fd);
+            let others = signals.fds().chain(messages).chain(self.console.fd());
             set.extend(others.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             let left = left.and_then(|left| Timespec::try_from(left).ok());
@@ -124,8 +189,7 @@ impl Vm {
             }
         };
         let (count, mut happened) = count;
-        self.messages.drain();
-        self.console.drain();
+        self.drain();
         if let Some(signal) = signals.received() {
             return Err(RunError::Interrupted(signal));
         }
@@ -169,7 +233,7 @@ impl Vm {
     /// A new connection to the agent, through the VMM's socket.
     pub fn connect(&self) -> Result<AgentLink, RunError> {
         let fail = |error: io::Error| VmError::NoConnection(error.to_string());
-        let mut stream = UnixStream::connect(self.folder.path("vsock.sock")).map_err(fail)?;
+        let mut stream = UnixStream::connect(self.folder.path(VSOCK)).map_err(fail)?;
         stream.set_read_timeout(Some(PATIENCE)).map_err(fail)?;
         stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes()).map_err(fail)?;
         let mut answer = Vec::new();
@@ -188,11 +252,20 @@ impl Vm {
 
     /// Why the VM is gone, if its VMM has ended or does so at once.
     pub fn reason_for_loss(&mut self) -> Option<VmError> {
-        self.wait_for_exit(Duration::from_secs(1));
-        let status = self.child.try_wait().ok().flatten()?;
-        self.messages.drain();
+        if !self.wait_for_exit(Duration::from_secs(1)) {
+            return None;
+        }
+        let how = match &mut self.process {
+            Process::Child(child) => child.try_wait().ok().flatten()?.to_string(),
+            Process::Clone { pid, .. } => format!("process {pid}"),
+        };
+        self.drain();
+        Some(VmError::Ended { how, messages: self.last_messages() })
+    }
+
+    fn drain(&mut self) {
+        self.messages.iter_mut().for_each(Tail::drain);
         self.console.drain();
-        Some(VmError::Ended { status, messages: self.last_messages() })
     }
 
     /// Lets the VM power off by itself; a signal, or too long a time, ends it anyway.
@@ -202,11 +275,15 @@ impl Vm {
     }
 
     fn last_messages(&self) -> String {
-        let part = |what: &str, tail: &Tail| match tail.lines(SHOWN) {
+        let part = |what: &str, lines: String| match lines {
             lines if lines.is_empty() => String::new(),
             lines => format!("\n{what}:\n{lines}"),
         };
-        let messages = part("the VMM's last messages", &self.messages) + &part("the VM's console", &self.console);
+        let vmm = match &self.process {
+            Process::Child(_) => self.messages.as_ref().map(|tail| tail.lines(SHOWN)).unwrap_or_default(),
+            Process::Clone { pid, log } => said_by(*pid, log),
+        };
+        let messages = part("the VMM's last messages", vmm) + &part("the VM's console", self.console.lines(SHOWN));
         if messages.is_empty() { "; it said nothing".into() } else { messages }
     }
 
@@ -228,11 +305,28 @@ impl Drop for Vm {
         if !self.wait_for_exit(Duration::ZERO) {
             let _ = pidfd_send_signal(&self.pidfd, Signal::TERM);
             if !self.wait_for_exit(PATIENCE) {
-                let _ = self.child.kill();
+                let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+                self.wait_for_exit(PATIENCE);
             }
         }
-        let _ = self.child.wait();
+        if let Process::Child(child) = &mut self.process {
+            let _ = child.wait();
+        }
     }
+}
+
+fn watch(pid: u32) -> Result<OwnedFd, RunError> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH);
+    pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())).map_err(io_error("watch the VMM"))
+}
+
+/// What the clone `pid` has written into the log that it shares with its siblings.
+fn said_by(pid: u32, log: &Path) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&printable(&text)).into_owned();
+    let mark = format!("clone {pid}: ");
+    let lines: Vec<&str> = text.lines().filter(|line| line.contains(&mark)).collect();
+    lines.get(lines.len().saturating_sub(SHOWN)..).unwrap_or_default().join("\n")
 }
 
 /// A named pipe the VMM writes the console to. Read here, so that a guest cannot fill the disk; open for writing too, so
@@ -259,7 +353,7 @@ fn arguments(settings: &Settings, folder: &RunFolder) -> Vec<OsString> {
     let (serial, virtio) = if settings.debug { (on, "off".into()) } else { ("off".into(), on) };
     let mut arguments: Vec<OsString> = vec![
         "--api-socket".into(),
-        folder.path("api.sock").into(),
+        folder.path(API).into(),
         "--kernel".into(),
         template(VMLINUZ).into(),
         "--initramfs".into(),
@@ -273,7 +367,7 @@ fn arguments(settings: &Settings, folder: &RunFolder) -> Vec<OsString> {
         "--pmem".into(),
         with("file=", &template(ROOT), ",discard_writes=on"),
         "--vsock".into(),
-        with(&format!("cid={GUEST_CID},socket="), &folder.path("vsock.sock"), ""),
+        with(&format!("cid={GUEST_CID},socket="), &folder.path(VSOCK), ""),
         "--serial".into(),
         serial,
         "--console".into(),

@@ -17,6 +17,8 @@ use std::{
 };
 
 use kernel::Kernel;
+#[cfg(test)]
+pub use manifest::FileEntry;
 pub use manifest::Manifest;
 
 use crate::{

@@ -1,0 +1,288 @@
+//! Warm templates: a VM of a template that has booted once, saved, and a zygote that makes clones of it.
+//!
+//! ```text
+//!   home/warm/NAME@WHAT-HOW/                 the snapshot; WHAT: template and VMM, HOW: the shape of the VM
+//!   runtime folder/zygote-NAME@WHAT-HOW/     the zygote's socket and log
+//! ```
+//! The zygote outlives the launcher that started it, so that the next finds it. It ends with the template, by
+//! `spectrum template gc`, or by a signal. Nothing of an application is in it: it is saved when the agent has announced
+//! itself, before it does anything.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::{fs::OpenOptionsExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{FlockOperation, flock, inotify},
+    io::Errno,
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+use sha2::{Digest, Sha256};
+use vmm_api::{Client, ClientError, Request};
+use vmm_config::SnapshotConfig;
+
+use super::{RunError, folder, io_error, options::Settings, signals::Signals, vm::Vm};
+use crate::{
+    home::{Home, HomeError},
+    template::{self, Template},
+};
+
+/// The zygote's socket in its folder.
+const SOCKET: &str = "zygote.sock";
+/// What is there when a snapshot is whole.
+const SNAPSHOT: &str = "snapshot.json";
+/// How long a zygote may take until it listens.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why there is no warm template.
+#[derive(Debug, thiserror::Error)]
+pub enum WarmError {
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    #[error("cannot save the warm VM: {0}")]
+    Save(ClientError),
+    #[error("the zygote does not listen after {} s: see {}", PATIENCE.as_secs(), .0.display())]
+    Silent(PathBuf),
+    #[error("the zygote of the warm template ended: {0}")]
+    Ended(String),
+}
+
+/// A warm template: where it is, or is to be.
+#[derive(Debug)]
+pub struct Warm {
+    name: String,
+    snapshot: PathBuf,
+    folder: PathBuf,
+}
+
+impl Warm {
+    /// The one that fits to `settings`.
+    pub fn of(home: &Home, settings: &Settings) -> Result<Self, RunError> {
+        let what = fingerprint(&settings.template, &settings.vmm)?;
+        let shape = format!("{} {} {}", settings.memory, settings.cpus, settings.wayland.is_some());
+        let name = format!("{what}-{}", short_hash(shape.as_bytes()));
+        let base = folder::base();
+        folder::make_base(&base).map_err(io_error("make the folder of running VMs"))?;
+        Ok(Self { snapshot: home.warm().join(&name), folder: base.join(format!("zygote-{name}")), name })
+    }
+
+    /// A connection to its zygote, if there is one.
+    pub fn connect(&self) -> Option<Client> {
+        Client::connect(&self.folder.join(SOCKET)).ok()
+    }
+
+    /// The zygote's messages.
+    pub fn log(&self) -> PathBuf {
+        self.folder.join(folder::LOCK)
+    }
+
+    /// A connection to its zygote, which is started before, and the template warmed, if need be. Says so with `tell`.
+    pub fn ready(&self, settings: &Settings, signals: &Signals, tell: impl Fn(&str)) -> Result<Client, RunError> {
+        if let Some(client) = self.connect() {
+            return Ok(client);
+        }
+        let lock = self.lock()?;
+        // Whoever had the lock may have done it.
+        if let Some(client) = self.connect() {
+            return Ok(client);
+        }
+        if !self.snapshot.join(SNAPSHOT).exists() {
+            tell("this template is not warm yet: booting and saving it, once");
+            self.save(settings, signals)?;
+        }
+        let started = self.start(&settings.vmm);
+        if started.is_err() {
+            // Perhaps of another CPU, or damaged: the next makes it anew.
+            let _ = fs::remove_dir_all(&self.snapshot);
+        }
+        drop(lock);
+        started
+    }
+
+    fn lock(&self) -> Result<File, RunError> {
+        let fail = io_error("make a folder for warm templates");
+        let parent = self.snapshot.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(parent).map_err(fail)?;
+        let path = parent.join(format!("{}.lock", self.name));
+        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path);
+        let file = file.map_err(io_error("lock the warm template"))?;
+        flock(&file, FlockOperation::LockExclusive).map_err(io_error("lock the warm template"))?;
+        Ok(file)
+    }
+
+    /// Boots a VM until its agent has announced itself, and saves it.
+    fn save(&self, settings: &Settings, signals: &Signals) -> Result<(), RunError> {
+        let mut vm = Vm::boot(settings)?;
+        vm.wait_for_agent(signals)?;
+        let mut api = vm.api().map_err(WarmError::Save)?;
+        api.send(&Request::VmPause).map_err(WarmError::Save)?;
+        let to = SnapshotConfig { destination_url: format!("file://{}", self.snapshot.display()) };
+        api.send(&Request::VmSnapshot(to)).map_err(WarmError::Save)?;
+        Ok(())
+    }
+
+    fn start(&self, vmm: &Path) -> Result<Client, RunError> {
+        let fail = |source| RunError::Io { what: "start the zygote", source };
+        let _ = fs::remove_dir_all(&self.folder);
+        fs::create_dir(&self.folder).map_err(fail)?;
+        let created = inotify::init(inotify::CreateFlags::CLOEXEC).map_err(io_error("watch the zygote"))?;
+        inotify::add_watch(&created, &self.folder, inotify::WatchFlags::CREATE)
+            .map_err(io_error("watch the zygote"))?;
+        // Locked for as long as the zygote or a clone has it: that keeps the folder.
+        let log = File::create(self.log()).map_err(fail)?;
+        flock(&log, FlockOperation::NonBlockingLockExclusive).map_err(io_error("lock the zygote's log"))?;
+        let mut flag = std::ffi::OsString::from("source_url=file://");
+        flag.push(&self.snapshot);
+        flag.push(",socket=");
+        flag.push(self.folder.join(SOCKET));
+        flag.push(",pool=1");
+        let mut command = Command::new(vmm);
+        command.arg("--zygote").arg(flag).current_dir("/").process_group(0);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let child = command.spawn().map_err(fail)?;
+        self.wait_until_it_listens(child, &created)
+    }
+
+    fn wait_until_it_listens(&self, mut child: Child, created: impl std::os::fd::AsFd) -> Result<Client, RunError> {
+        let fail = io_error("watch the zygote");
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH);
+        let pidfd = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())).map_err(io_error("watch the zygote"))?;
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(client) = self.connect() {
+                return Ok(client);
+            }
+            if child.try_wait().map_err(&fail)?.is_some() {
+                let text = fs::read_to_string(self.log()).unwrap_or_default();
+                let last = text.lines().last().unwrap_or("it said nothing");
+                return Err(WarmError::Ended(last.trim_start_matches("spectrum-vmm: ").to_owned()).into());
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(WarmError::Silent(self.log()).into());
+            }
+            // A socket is there a moment before it listens: then look again soon.
+            let left = Timespec::try_from(left.min(Duration::from_millis(20))).unwrap_or_default();
+            let mut wanted = [PollFd::new(&created, PollFlags::IN), PollFd::new(&pidfd, PollFlags::IN)];
+            match poll(&mut wanted, Some(&left)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(io_error("watch the zygote")(errno)),
+            }
+        }
+    }
+}
+
+/// The template as it is, and the VMM that runs it: whatever is saved belongs to both.
+fn fingerprint(template: &Template, vmm: &Path) -> Result<String, RunError> {
+    let name = template.folder.file_name().unwrap_or_default().to_string_lossy();
+    let data = fs::metadata(vmm).map_err(io_error("look at the VMM"))?;
+    let modified = data.modified().ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+    let files = serde_json::to_string(&template.manifest.files).unwrap_or_default();
+    let all = format!("{} {} {modified:?} {files}", vmm.display(), data.len());
+    Ok(format!("{name}@{}", short_hash(all.as_bytes())))
+}
+
+fn short_hash(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Ends the zygotes of, and removes, what was warmed: all for which `is_kept` does not hold. Its argument is the name of the
+/// template and the fingerprint. The names of those that are gone.
+pub fn sweep(home: &Home, is_kept: impl Fn(&str) -> bool) -> io::Result<Vec<String>> {
+    let base = folder::base();
+    let mut gone = Vec::new();
+    let entries = |path: &Path| -> io::Result<Vec<String>> {
+        match fs::read_dir(path) {
+            Ok(entries) => Ok(entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    };
+    let unwanted = |name: &str| name.rsplit_once('-').is_some_and(|(what, _)| !is_kept(what));
+    for entry in entries(&base)? {
+        let Some(name) = entry.strip_prefix("zygote-").filter(|name| unwanted(name)) else { continue };
+        let folder = base.join(&entry);
+        if let Ok(mut zygote) = Client::connect(&folder.join(SOCKET)) {
+            // If it does not listen to reason the folder stays, and tells of it.
+            zygote.send(&Request::VmmShutdown).map_err(io::Error::other)?;
+        }
+        fs::remove_dir_all(&folder)?;
+        gone.push(name.to_owned());
+    }
+    for entry in entries(&home.warm())? {
+        let name = entry.strip_suffix(".lock").unwrap_or(&entry);
+        if !unwanted(name) {
+            continue;
+        }
+        let path = home.warm().join(&entry);
+        if path.is_dir() {
+            fs::remove_dir_all(&path)?
+        } else {
+            fs::remove_file(&path)?
+        }
+        gone.push(name.to_owned());
+    }
+    gone.sort();
+    gone.dedup();
+    Ok(gone)
+}
+
+/// Whether what was warmed still belongs to a template and to this VMM.
+pub fn current(home: &Home, vmm: &Path) -> impl Fn(&str) -> bool {
+    move |what| {
+        let name = what.split('@').next().unwrap_or_default();
+        let template = template::open(home, name).ok();
+        template.is_some_and(|template| fingerprint(&template, vmm).is_ok_and(|now| now == what))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::template::Manifest;
+
+    #[test]
+    fn another_template_or_vmm_is_another_warm_one() {
+        let place = tempfile::tempdir().unwrap();
+        let vmm = place.path().join("vmm");
+        fs::write(&vmm, "1").unwrap();
+        let template = |name: &str, version: &str| Template {
+            folder: place.path().join(name),
+            manifest: Manifest {
+                files: BTreeMap::from([(version.into(), template::FileEntry { bytes: 1, sha256: version.into() })]),
+                ..Manifest::new("trixie", "6.12", BTreeMap::new())
+            },
+        };
+        let print = |template: &Template| fingerprint(template, &vmm).unwrap();
+        let first = print(&template("web", "1"));
+        assert!(first.starts_with("web@"), "{first}");
+        assert_eq!(first, print(&template("web", "1")));
+        assert_ne!(first, print(&template("web", "2")));
+        fs::write(&vmm, "22").unwrap();
+        assert_ne!(first, print(&template("web", "1")));
+    }
+
+    #[test]
+    fn what_nobody_wants_is_swept() {
+        let place = tempfile::tempdir().unwrap();
+        let home = Home::at(place.path());
+        for name in ["a-b@1-x", "a-b@2-x"] {
+            fs::create_dir_all(home.warm().join(name)).unwrap();
+            fs::write(home.warm().join(format!("{name}.lock")), "").unwrap();
+        }
+        assert_eq!(sweep(&home, |what| what == "a-b@1").unwrap(), ["a-b@2-x"]);
+        let mut left: Vec<_> = fs::read_dir(home.warm()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["a-b@1-x", "a-b@1-x.lock"]);
+    }
+}
