@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Output, TIMEOUT, programs};
+use crate::{Output, TIMEOUT, Vmm, programs};
 
 /// How often to look where there is no event to wait for.
 const POLL: Duration = Duration::from_millis(50);
@@ -118,19 +118,25 @@ impl Desktop {
         found
     }
 
+    /// Its Wayland socket.
+    #[must_use]
+    pub fn wayland(&self) -> &Path {
+        &self.wayland
+    }
+
     /// Waits until the windows are as `wanted` says, and returns what it returned.
     ///
     /// # Panics
-    /// If `application` ends first, or nothing of the kind happens.
-    pub fn wait_for<T>(&mut self, application: &mut Application, wanted: impl Fn(&[Value]) -> Option<T>) -> T {
+    /// If `owner` ends first, or nothing of the kind happens.
+    pub fn wait_for<T>(&mut self, owner: &mut impl Owner, wanted: impl Fn(&[Value]) -> Option<T>) -> T {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             let windows = self.windows();
             if let Some(found) = wanted(&windows) {
                 return found;
             }
-            application.assert_runs();
-            assert!(Instant::now() < deadline, "other windows: {windows:#?}\n{}", application.log());
+            owner.assert_runs();
+            assert!(Instant::now() < deadline, "other windows: {windows:#?}\n{}", owner.said());
             // Whatever it is: look again.
             let _ = receive(&mut self.events);
         }
@@ -140,8 +146,8 @@ impl Desktop {
     ///
     /// # Panics
     /// As [`Desktop::wait_for`].
-    pub fn wait_for_window(&mut self, application: &mut Application, wanted: impl Fn(&Value) -> bool) -> Value {
-        self.wait_for(application, |windows| windows.iter().find(|window| wanted(window)).cloned())
+    pub fn wait_for_window(&mut self, owner: &mut impl Owner, wanted: impl Fn(&Value) -> bool) -> Value {
+        self.wait_for(owner, |windows| windows.iter().find(|window| wanted(window)).cloned())
     }
 
     /// The pixels that are on the screen now. A copy goes to `$SANDBOX_SHARE` under this name, for people.
@@ -269,6 +275,33 @@ impl Picture {
     }
 }
 
+/// A process whose VM has windows.
+pub trait Owner {
+    /// How it ended, if it has.
+    fn ended(&mut self) -> Option<ExitStatus>;
+
+    /// Everything it has said, for messages.
+    fn said(&self) -> String;
+
+    /// # Panics
+    /// If it has ended.
+    fn assert_runs(&mut self) {
+        if let Some(status) = self.ended() {
+            panic!("it ended: {status}\n{}", self.said());
+        }
+    }
+}
+
+impl Owner for Vmm {
+    fn ended(&mut self) -> Option<ExitStatus> {
+        self.try_wait()
+    }
+
+    fn said(&self) -> String {
+        format!("standard output:\n{}\nstandard error:\n{}", self.text(), self.log())
+    }
+}
+
 /// A `spectrum run` process. It is told to end when this goes out of scope, and so its VM ends with it.
 pub struct Application {
     child: Child,
@@ -330,20 +363,6 @@ impl Application {
         text.lines().take_while(|line| *line != "done-with-it").collect::<Vec<_>>().join("\n")
     }
 
-    /// Everything it has said, for messages.
-    #[must_use]
-    pub fn log(&self) -> String {
-        format!("standard output:\n{}\nstandard error:\n{}", self.output.text(), self.errors.text())
-    }
-
-    /// # Panics
-    /// If it has ended.
-    pub fn assert_runs(&mut self) {
-        if let Some(status) = self.child.try_wait().expect("our child") {
-            panic!("it ended: {status}\n{}", self.log());
-        }
-    }
-
     /// The process of its VMM.
     ///
     /// # Panics
@@ -379,7 +398,7 @@ impl Application {
             if let Some(status) = self.child.try_wait().expect("our child") {
                 break status;
             }
-            assert!(Instant::now() < deadline, "it does not end\n{}", self.log());
+            assert!(Instant::now() < deadline, "it does not end\n{}", self.said());
             std::thread::sleep(POLL);
         };
         assert_eq!(self.processes(), [0; 0], "processes are left");
@@ -389,6 +408,16 @@ impl Application {
         }
         let stdout = self.output.wait_end(TIMEOUT).unwrap_or_else(|e| panic!("{e}"));
         (status, stdout)
+    }
+}
+
+impl Owner for Application {
+    fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("our child")
+    }
+
+    fn said(&self) -> String {
+        format!("standard output:\n{}\nstandard error:\n{}", self.output.text(), self.errors.text())
     }
 }
 

@@ -35,16 +35,13 @@ const COUNTER: &[u8] = &[
     0xeb, 0xce,                         // jmp next
 ];
 
-/// Where [`write_filler`]'s kernel begins to write.
-const FILL_FROM: u32 = 2 << 20;
+/// Where guests that use much memory begin to use it.
+const USED_FROM: u32 = 2 << 20;
 
-/// Writes a kernel to `path` that writes to each page of its memory but the first 2 MiB, of `size` bytes, and then counts.
-///
-/// # Panics
-/// If that fails.
-pub fn write_filler(path: &Path, size: u32) {
-    let pages = (size - FILL_FROM) / 4096;
-    let [from, pages] = [FILL_FROM, pages].map(u32::to_le_bytes);
+/// Writes to each page of `size` bytes of memory but the first 2 MiB, and goes on behind itself.
+fn fill(size: u32) -> Vec<u8> {
+    let pages = (size - USED_FROM) / 4096;
+    let [from, pages] = [USED_FROM, pages].map(u32::to_le_bytes);
     let mut code = Vec::new();
     code.push(0xbf); // mov edi, from
     code.extend(from);
@@ -53,8 +50,15 @@ pub fn write_filler(path: &Path, size: u32) {
     code.extend([0x89, 0x3f]); // page: mov [edi], edi
     code.extend([0x81, 0xc7, 0, 0x10, 0, 0]); // add edi, 4096
     code.extend([0x49, 0x75, 0xf5]); // dec ecx; jnz page
-    code.extend(COUNTER);
-    std::fs::write(path, elf(&code)).expect("the kernel can be written");
+    code
+}
+
+/// Writes a kernel to `path` that writes to each page of its memory but the first 2 MiB, of `size` bytes, and then counts.
+///
+/// # Panics
+/// If that fails.
+pub fn write_filler(path: &Path, size: u32) {
+    std::fs::write(path, elf(&[&fill(size), COUNTER].concat())).expect("the kernel can be written");
 }
 
 /// Jumps to where there is neither RAM nor a device, which no KVM can carry out.
@@ -112,35 +116,38 @@ pub fn write_one_byte(path: &Path) {
     std::fs::write(path, elf(ONE_BYTE)).expect("the kernel can be written");
 }
 
-/// Writes to every page from 2 MiB to 256 MiB and prints `A`; then to those of the first 8 MiB of them, over and over, and
-/// prints a dot after each round.
+/// How many pages [`TOUCH`] writes to.
+pub const TOUCHED: u32 = (8 << 20) / 4096;
+
+/// Over and over: reads from every page from 2 MiB to 256 MiB and prints a dot, writes to the first 8 MiB of them and prints
+/// a colon. It needs no stack and runs at any address.
 #[rustfmt::skip]
-const TOUCHER: &[u8] = &[
+pub const TOUCH: &[u8] = &[
     0x66, 0xba, 0xf8, 0x03,             // mov dx, 0x3f8
-    0xbf, 0, 0, 0x20, 0,                // mov edi, 0x200000
-    // all:
-    0x89, 0x3f,                         // mov [edi], edi
-    0x81, 0xc7, 0, 0x10, 0, 0,          // add edi, 0x1000
-    0x81, 0xff, 0, 0, 0, 0x10,          // cmp edi, 0x10000000
-    0x72, 0xf0,                         // jb all
-    0xb0, b'A', 0xee,                   // mov al, 'A'; out dx, al
     // round:
     0xbf, 0, 0, 0x20, 0,                // mov edi, 0x200000
-    // some:
+    // read:
+    0x8b, 0x07,                         // mov eax, [edi]
+    0x81, 0xc7, 0, 0x10, 0, 0,          // add edi, 0x1000
+    0x81, 0xff, 0, 0, 0, 0x10,          // cmp edi, 0x10000000
+    0x72, 0xf0,                         // jb read
+    0xb0, b'.', 0xee,                   // mov al, '.'; out dx, al
+    0xbf, 0, 0, 0x20, 0,                // mov edi, 0x200000
+    // write:
     0xff, 0x07,                         // inc dword [edi]
     0x81, 0xc7, 0, 0x10, 0, 0,          // add edi, 0x1000
     0x81, 0xff, 0, 0, 0xa0, 0,          // cmp edi, 0xa00000
-    0x72, 0xf0,                         // jb some
-    0xb0, b'.', 0xee,                   // mov al, '.'; out dx, al
-    0xeb, 0xe6,                         // jmp round
+    0x72, 0xf0,                         // jb write
+    0xb0, b':', 0xee,                   // mov al, ':'; out dx, al
+    0xeb, 0xce,                         // jmp round
 ];
 
-/// Writes the kernel that touches memory to `path`; it needs 256 MiB.
+/// Writes a kernel to `path` that writes to all of its 256 MiB but the first two, and then goes on as [`TOUCH`].
 ///
 /// # Panics
 /// If that fails.
 pub fn write_toucher(path: &Path) {
-    std::fs::write(path, elf(TOUCHER)).expect("the kernel can be written");
+    std::fs::write(path, elf(&[&fill(256 << 20), TOUCH].concat())).expect("the kernel can be written");
 }
 
 /// The number in a line of the counter's.

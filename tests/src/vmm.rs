@@ -337,10 +337,19 @@ impl Vmm {
         let deadline = Instant::now() + TIMEOUT;
         // There is no event for the moment somebody listens: those of the directory come before it.
         while std::os::unix::net::UnixStream::connect(path).is_err() {
-            let ended = self.child.try_wait().expect("our child");
+            let ended = self.try_wait();
             assert!(ended.is_none() && Instant::now() < deadline, "no {}\n{}", path.display(), self.errors.text());
             std::thread::sleep(POLL);
         }
+    }
+
+    /// How the process ended, if it has.
+    ///
+    /// # Panics
+    /// Never: it is a child of this one.
+    #[must_use]
+    pub fn try_wait(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("our child")
     }
 
     /// Waits until the process ends by itself.

@@ -8,13 +8,19 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
 
+use guest_proto::Reply;
+use rustix::process::Signal;
 use serde_json::Value;
+use tests::agent::{self, Host};
 use tests::desktop::{Application, Desktop};
-use tests::{Output, TIMEOUT, programs};
+use tests::{Output, TIMEOUT, VmmCommand, programs, zygote};
 use vmm_api::{Client, Request};
+use vmm_config::SnapshotConfig;
 
 /// The background that foot is told to have: nothing else on the screen has it.
 const ORANGE: [u8; 3] = [0xff, 0x88, 0x00];
+/// Another one.
+const BLUE: [u8; 3] = [0x00, 0x88, 0xff];
 
 fn named(name: &'static str) -> impl Fn(&Value) -> bool {
     move |window| window["name"] == name
@@ -99,6 +105,56 @@ fn a_window_of_a_vmm_confined_by_landlock() {
     desktop.command("[app_id=\"foot\"] kill");
     let (status, _) = foot.wait();
     assert_ne!(status.code(), Some(125), "{status}");
+}
+
+/// A machine that had a window goes on from a snapshot: the window's client hears that its connection is gone, and a new
+/// one has its window on the same desktop.
+#[test]
+fn a_new_window_opens_after_a_restore() {
+    let mut desktop = Desktop::new();
+    let keep = tempfile::tempdir().unwrap();
+    let [socket, directory] = ["vsock", "snapshot"].map(|name| keep.path().join(name));
+    let host = Host::at(&socket);
+    let gpu = format!("cross-domain,wayland={}", desktop.wayland().display());
+    let mut vmm = agent::command(&socket).arg("--memory", "size=512M").arg("--gpu", gpu).api().spawn();
+    let link = host.greeting();
+    let wake = |host: &Host| assert_eq!(host.ask(guest_proto::Request::Wake(zygote::identity())).1, Reply::Done);
+    wake(&host);
+    // What a client says, and how it ended, goes to the serial port: the agent's connections end with the snapshot.
+    let open = |name: &str, colour: &str| {
+        let foot = format!("foot -o colors.background={colour} -T {name} sh -c 'while :; do read -r line; done'");
+        let run = format!("cd /home/user; {AS_USER}; u {foot}; wait $!; echo {name} ended with $?");
+        let started =
+            host.shell(&format!("setsid sh -c '{}' < /dev/null > /dev/ttyS0 2>&1 &", run.replace('\'', r"'\''")));
+        assert_eq!(started.unwrap(), "");
+    };
+    open("before", "ff8800");
+    let window = desktop.wait_for_window(&mut vmm, named("before"));
+    desktop.wait_for_picture("before-snapshot", |picture| picture.share_of(&window, ORANGE) > 0.5);
+
+    let mut client = vmm.client();
+    client.send(&Request::VmPause).unwrap();
+    let url = format!("file://{}", directory.display());
+    client.send(&Request::VmSnapshot(SnapshotConfig { destination_url: url.clone() })).unwrap();
+    assert_eq!(desktop.windows().len(), 1, "a paused machine's window stays");
+    vmm.signal(Signal::KILL);
+    let ended = vmm.wait();
+    assert!(!ended.stdout.contains("before ended"), "{}", ended.stdout);
+    drop(link);
+
+    let from = format!("source_url={url},memory_restore_mode=copyonwrite,resume=true");
+    let mut vmm = VmmCommand::new().api().arg("--restore", from).spawn();
+    let _link = host.greeting();
+    // By itself, as foot does when it cannot go on: no signal ended it.
+    vmm.wait_for("before ended with 230");
+    wake(&host);
+    desktop.wait_for(&mut vmm, |windows| windows.is_empty().then_some(()));
+    open("after", "0088ff");
+    let window = desktop.wait_for_window(&mut vmm, named("after"));
+    desktop.wait_for_picture("after-restore", |picture| picture.share_of(&window, BLUE) > 0.5);
+    desktop.command("[app_id=\"foot\"] kill");
+    vmm.wait_for("after ended with ");
+    desktop.wait_for(&mut vmm, |windows| windows.is_empty().then_some(()));
 }
 
 /// Runs its arguments in the VM's shell as the unprivileged account, in the background.

@@ -1,7 +1,7 @@
 //! Machines that are saved, and go on in another process.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -304,6 +304,30 @@ fn answer_calls(socket: &Path) {
             (&stream).write_all(b"hello from the host\n").unwrap();
         }
     });
+}
+
+/// Who waits on a connection that was open in the snapshot hears that it is gone, and makes another one.
+#[test]
+fn a_vsock_connection_ends_with_the_machine_that_had_it() {
+    let keep = tempfile::tempdir().unwrap();
+    let [socket, directory] = ["socket", "snapshot"].map(|name| keep.path().join(name));
+    answer_calls(&socket);
+    let listener = UnixListener::bind(format!("{}_5001", socket.display())).unwrap();
+    let mut vmm = VmmCommand::probe(&["vmw_vsock_virtio_transport"], &["vsock-hold=5001", "vsock-connect=5000"])
+        .api()
+        .arg("--vsock", format!("cid=3,socket={}", socket.display()))
+        .spawn();
+    let (mut held, _) = listener.accept().unwrap();
+    vmm.wait_for("probe: vsock-hold: connected");
+    save(&mut vmm.client(), &directory);
+    vmm.signal(Signal::KILL);
+    let before = vmm.wait().stdout;
+    assert!(!before.contains("vsock-hold=5001"), "it was over before it was saved: {before}");
+    assert_eq!(held.read(&mut [0]).unwrap(), 0, "the host's end is at its end");
+    let mut vmm = restored(&directory, "copyonwrite");
+    assert_eq!(vmm.wait_for("probe: vsock-hold=5001"), "probe: vsock-hold=5001: reset");
+    vmm.wait_for("probe: vsock-connect=5000: hello from the host");
+    vmm.wait().assert_success();
 }
 
 /// Debian, saved while its disk is busy, goes on with everything it has.

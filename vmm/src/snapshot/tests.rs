@@ -244,6 +244,88 @@ fn a_snapshot_of_another_cpu_is_refused_with_what_is_missing() {
     assert_eq!(said(Vec::clear), format!("{lacks} its maker"), "nobody knows what it was");
 }
 
+/// A machine with windows and RAM in two ranges, but for what is saved of its devices.
+fn large() -> (VmConfig, MachineState) {
+    let json = br#"{"memory":{"size":5368709120},"pmem":[{"file":"/a"},{"file":"/b"}],"vsock":{"cid":3,"socket":"/s"},
+        "gpu":[{"wayland":"/w"}],"serial":{"mode":"Null"},"console":{"mode":"Off"}}"#;
+    let config = VmConfig::from_json(json).unwrap();
+    let file_sizes = [("/a".into(), 1 << 20), ("/b".into(), 5)].into();
+    let host = vmm_config::HostFacts { memory: 8 << 30, page_size: 4096, max_vcpus: 1, file_sizes };
+    let plan = Plan::new(&config, &PlanFacts { host, physical_bits: 40 }).unwrap();
+    (config, MachineState { plan, ..saved().1 })
+}
+
+/// What a plan says of places, sizes and slots.
+fn numbers(plan: &mut Plan) -> (Vec<&mut u64>, Vec<&mut u32>) {
+    let (mut places, mut slots) = (Vec::new(), Vec::new());
+    for ram in &mut plan.ram {
+        places.extend([&mut ram.start, &mut ram.len]);
+        slots.push(&mut ram.slot);
+    }
+    for device in &mut plan.devices {
+        places.push(&mut device.bar0);
+        if let Some(window) = &mut device.window {
+            places.extend([&mut window.start, &mut window.len]);
+            slots.push(&mut window.slot);
+        }
+    }
+    (places, slots)
+}
+
+/// Whether each range is whole pages below 2^64, no two have an address in common and no two slots are the same, found out
+/// in another way than the plan's own check does.
+fn is_sound(plan: &Plan) -> bool {
+    let mut ranges: Vec<(u64, u64, Option<u32>)> = plan.ram.iter().map(|r| (r.start, r.len, Some(r.slot))).collect();
+    for device in &plan.devices {
+        ranges.push((device.bar0, virtio_devices::transport::BAR0_SIZE, None));
+        ranges.extend(device.window.map(|w| (w.start, w.len, Some(w.slot))));
+    }
+    let end = |start: u64, len: u64| u128::from(start) + u128::from(len);
+    let whole = |(start, len, _): &(u64, u64, _)| {
+        *len > 0 && start % 4096 == 0 && len % 4096 == 0 && end(*start, *len) <= u128::from(u64::MAX)
+    };
+    let apart = |at: usize, (start, len, slot): (u64, u64, Option<u32>)| {
+        ranges.iter().skip(at + 1).all(|(s, l, other)| {
+            let disjoint = end(start, len) <= u128::from(*s) || end(*s, *l) <= u128::from(start);
+            disjoint && (slot.is_none() || slot != *other)
+        })
+    };
+    ranges.iter().all(whole) && ranges.iter().enumerate().all(|(at, range)| apart(at, *range))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// A state that is read as one, but says something else of a few places: it is taken if nothing lies over anything.
+    #[test]
+    fn a_plan_is_refused_exactly_if_it_contradicts_itself(
+        changes in prop::collection::vec(
+            (any::<prop::sample::Index>(), any::<prop::sample::Index>(), -2i64..=2, prop::bool::weighted(0.2)), 1..4,
+        ),
+        anywhere in any::<u64>(),
+    ) {
+        let (config, mut state) = large();
+        for (to, from, pages, is_slot) in changes {
+            let (mut places, mut slots) = numbers(&mut state.plan);
+            if is_slot {
+                let (to, slot) = (to.index(slots.len()), from.index(2 * slots.len()));
+                *slots[to] = u32::try_from(slot).unwrap();
+            } else {
+                // Near another one, or to where nothing is.
+                let (to, near) = (to.index(places.len()), *places[from.index(places.len())]);
+                let value = if pages == 2 { anywhere } else { near.wrapping_add_signed(pages * 4096) };
+                *places[to] = value;
+            }
+        }
+        let state = MachineState::from_bytes(&state.to_bytes().unwrap()).unwrap();
+        let size = state.plan.ram.iter().map(|r| u128::from(r.len)).sum::<u128>();
+        let wanted = is_sound(&state.plan) && size == u128::from(config.memory.size);
+        prop_assert_eq!(state.plan.check(&config).is_ok(), wanted, "{:?}", state.plan.check(&config));
+        // What is saved of the devices is missing.
+        prop_assert!(state.check(&config).is_err());
+    }
+}
+
 proptest! {
     /// With a hash that is right the parser still meets whatever somebody wrote.
     #[test]

@@ -14,14 +14,14 @@ use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_regs, kvm_segment,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Kvm, VcpuExit};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use landlock::{ABI, Access, AccessFs, Ruleset, RulesetAttr};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 use crate::{Failure, MEMORY_MIB};
 
 /// Where the guest's program is.
-const ENTRY: u64 = 0x10_0000;
+pub const ENTRY: u64 = 0x10_0000;
 /// Writes to a port for ever: mov dx, 0x3f8; out dx, al; jmp -3.
 const PROGRAM: &[u8] = &[0x66, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfd];
 const BYTES: u64 = MEMORY_MIB << 20;
@@ -95,6 +95,19 @@ fn zygote(mut asked: UnixStream) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The state in which a guest begins that has no memory but its own, all of it at the addresses it says: 32-bit protected
+/// mode at [`ENTRY`].
+pub fn set_up(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), Failure> {
+    vcpu.set_cpuid2(cpuid)?;
+    let mut sregs = vcpu.get_sregs()?;
+    let flat = kvm_segment { limit: u32::MAX, present: 1, db: 1, s: 1, g: 1, type_: 3, selector: 0x18, ..sregs.ds };
+    (sregs.ds, sregs.es, sregs.ss) = (flat, flat, flat);
+    sregs.cs = kvm_segment { type_: 11, selector: 0x10, ..flat };
+    sregs.cr0 = 0x11;
+    vcpu.set_sregs(&sregs)?;
+    Ok(vcpu.set_regs(&kvm_regs { rip: ENTRY, rflags: 2, ..kvm_regs::default() })?)
+}
+
 fn run(template: &Template) -> Result<(), Failure> {
     let len = usize::try_from(BYTES)?;
     // SAFETY: a new mapping, which stays for as long as the process.
@@ -112,14 +125,7 @@ fn run(template: &Template) -> Result<(), Failure> {
     unsafe { vm.set_user_memory_region(slot)? };
     vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [24, 0, 0, 0], ..kvm_enable_cap::default() })?;
     let mut vcpu = vm.create_vcpu(0)?;
-    vcpu.set_cpuid2(&template.cpuid)?;
-    let mut sregs = vcpu.get_sregs()?;
-    let flat = kvm_segment { limit: u32::MAX, present: 1, db: 1, s: 1, g: 1, type_: 3, selector: 0x18, ..sregs.ds };
-    (sregs.ds, sregs.es, sregs.ss) = (flat, flat, flat);
-    sregs.cs = kvm_segment { type_: 11, selector: 0x10, ..flat };
-    sregs.cr0 = 0x11;
-    vcpu.set_sregs(&sregs)?;
-    vcpu.set_regs(&kvm_regs { rip: ENTRY, rflags: 2, ..kvm_regs::default() })?;
+    set_up(&vcpu, &template.cpuid)?;
     // SAFETY: no dynamically enabled features.
     unsafe { vcpu.set_xsave(&vcpu.get_xsave()?)? };
     vcpu.set_lapic(&vcpu.get_lapic()?)?;

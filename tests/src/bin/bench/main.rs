@@ -4,7 +4,8 @@
 //!     bench first-instruction [--json] [--runs N]     on /dev/kvm of any kind, with a guest of a few bytes
 //!     bench clone [--json] [--runs N]     the same; a clone to its first instruction, beside the least it could cost
 //!     bench live-clones [--json] [--runs N]     the same; N clones at once: do all live, and what does each take
-//!     bench live-fork [--json] [--runs N]     the same; for how long a live snapshot stops a machine
+//!     bench live-fork [--json] [--runs N]     the same; for how long a live snapshot stops a machine, and what other
+//!                                                ways to keep its memory would cost
 //!     bench agent-clones [--json] [--runs N]    clones of the template to their agent's first answer, where /dev/kvm is real
 //!
 //! Where a rival is on PATH it runs in turn with ours, and its figures are compared; but clones are not compared with rivals' yet.
@@ -17,6 +18,8 @@ mod fork;
 mod live;
 mod memory;
 mod report;
+mod shape;
+mod ways;
 
 use std::io::Read;
 use std::path::Path;

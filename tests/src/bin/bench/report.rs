@@ -28,6 +28,8 @@ pub struct Report {
     min: f64,
     p50: f64,
     p99: f64,
+    /// All values, the smallest first.
+    samples: Samples,
     /// A rival, and our median divided by its.
     versus: Option<(&'static str, f64)>,
 }
@@ -42,6 +44,7 @@ pub fn compare(metric: &'static str, unit: &'static str, arms: &[&'static str], 
         min: s.percentile(0),
         p50: s.percentile(50),
         p99: s.percentile(99),
+        samples: s.clone(),
         versus: None,
     };
     let mut reports: Vec<Report> = arms.iter().zip(samples).map(|(arm, s)| of(arm, s)).collect();
@@ -55,7 +58,7 @@ pub fn compare(metric: &'static str, unit: &'static str, arms: &[&'static str], 
 }
 
 impl Report {
-    /// As one JSON object.
+    /// As one JSON object; with all values, if nothing is compared.
     pub fn json(&self) -> String {
         let mut value = serde_json::json!({
             "metric": self.metric, "unit": self.unit, "of": self.of, "n": self.n,
@@ -64,6 +67,8 @@ impl Report {
         if let Some((versus, ratio)) = self.versus {
             value["versus"] = versus.into();
             value["ratio"] = ratio.into();
+        } else {
+            value["samples"] = self.samples.0.clone().into();
         }
         value.to_string()
     }

@@ -28,6 +28,7 @@ pub fn run(job: &str) -> Outcome {
         "churn" => churn(argument),
         "refused" => refused(argument),
         "graphics" => crate::graphics::capabilities(),
+        "vsock-hold" => crate::vsock::hold(argument),
         "vsock-connect" => crate::vsock::connect(argument),
         "vsock-listen" => crate::vsock::listen(argument),
         "garbage" => crate::hostile::garbage(argument),

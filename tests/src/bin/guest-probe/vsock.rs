@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "the standard library knows no such addresses")]
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
@@ -42,6 +42,19 @@ pub fn connect(port: &str) -> Outcome {
     let socket = socket().map_err(text)?;
     with_address(&socket, libc::connect, libc::VMADDR_CID_HOST, port)?;
     talk(socket)
+}
+
+/// Connects to a port of the host, and waits until that connection ends: what ended it.
+pub fn hold(port: &str) -> Outcome {
+    let socket = socket().map_err(text)?;
+    with_address(&socket, libc::connect, libc::VMADDR_CID_HOST, port)?;
+    say("vsock-hold: connected");
+    match File::from(socket).read(&mut [0]) {
+        Ok(0) => Ok("end of file".into()),
+        Ok(_) => Err("the host says something".into()),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Ok("reset".into()),
+        Err(e) => Err(text(e)),
+    }
 }
 
 /// Waits for one connection to a port, sends a line and returns the line that comes.
