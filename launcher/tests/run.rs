@@ -68,7 +68,7 @@ impl Fixture {
     }
 
     fn run(&self, arguments: &[&str]) -> Child {
-        let arguments = [&["run", "--no-wayland"], arguments].concat();
+        let arguments = [&["run", "--boot", "--no-wayland"], arguments].concat();
         self.launcher(&arguments).spawn().unwrap()
     }
 

@@ -11,6 +11,17 @@ use crate::{TIMEOUT, VmmCommand};
 /// The launcher's end of a connection.
 pub type AgentLink = Link<FromAgent, ToAgent>;
 
+/// The folder of the template.
+///
+/// # Panics
+/// If none is named in the environment.
+#[must_use]
+pub fn template() -> PathBuf {
+    let variable =
+        |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: see scripts/template"));
+    Path::new(&variable("SPECTRUM_HOME")).join("templates").join(variable("SPECTRUM_TEMPLATE"))
+}
+
 /// What `spectrum run` gives the VMM, but for the GPU, with the console on standard output. Its vsock device's socket is
 /// `socket`.
 ///
@@ -18,9 +29,7 @@ pub type AgentLink = Link<FromAgent, ToAgent>;
 /// If no template is named in the environment.
 #[must_use]
 pub fn command(socket: &Path) -> VmmCommand {
-    let variable =
-        |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: see scripts/template"));
-    let folder = Path::new(&variable("SPECTRUM_HOME")).join("templates").join(variable("SPECTRUM_TEMPLATE"));
+    let folder = template();
     VmmCommand::new()
         .arg("--kernel", folder.join("vmlinuz"))
         .arg("--initramfs", folder.join("initramfs"))

@@ -312,15 +312,31 @@ pub struct Application {
 }
 
 impl Application {
-    /// Runs `command` in a VM of its own; its windows are on `desktop`, if any. `options` are those of `spectrum run`.
+    /// Runs `command` in a VM of its own, which boots; its windows are on `desktop`, if any. `options` are those of
+    /// `spectrum run`.
     ///
     /// # Panics
     /// If it cannot be started.
     #[must_use]
     pub fn start(desktop: Option<&Desktop>, options: &[&str], command: &[&str]) -> Self {
+        Self::start_with(desktop, &[&["--boot"], options].concat(), &[], command)
+    }
+
+    /// The same with `settings` in the environment, perhaps as a clone.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    #[must_use]
+    pub fn start_with(
+        desktop: Option<&Desktop>,
+        options: &[&str],
+        settings: &[(&str, &Path)],
+        command: &[&str],
+    ) -> Self {
         let directory = tempfile::Builder::new().prefix("app").tempdir().expect("there is room for files");
         let mut run = Command::new(programs::program("spectrum"));
         run.arg("run").args(options).env("XDG_RUNTIME_DIR", directory.path());
+        run.envs(settings.iter().copied());
         match desktop {
             Some(desktop) => run.arg("--wayland").arg(&desktop.wayland),
             None => run.arg("--no-wayland"),
@@ -348,6 +364,14 @@ impl Application {
     /// If it does not come.
     pub fn hear(&mut self, text: &str) -> String {
         self.output.wait_for(text, TIMEOUT).unwrap_or_else(|e| panic!("{e}\nstandard error:\n{}", self.errors.text()))
+    }
+
+    /// The same of its standard error.
+    ///
+    /// # Panics
+    /// If it does not come.
+    pub fn hear_error(&mut self, text: &str) -> String {
+        self.errors.wait_for(text, TIMEOUT).unwrap_or_else(|e| panic!("{e}"))
     }
 
     /// Lets a shell that is the application run `command`, and returns what it printed.
