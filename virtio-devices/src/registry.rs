@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use passthrough::Grants;
 use vmm_config::{HostFacts, VmConfig};
 
 use crate::device::{Device, SavedState, WindowAddress};
@@ -61,6 +62,8 @@ pub struct BuildContext<'a> {
     pub listener: Option<OwnedFd>,
     /// The engine behind virtio-gpu.
     pub renderer: &'a dyn crate::gpu::RendererFactory,
+    /// What was granted to the device's guest before it was started anew; nothing: the device makes a table, if it has one.
+    pub grants: Option<Grants>,
     /// The device's state in a snapshot, if this is a restore.
     pub saved: Option<&'a SavedState>,
 }
@@ -82,6 +85,16 @@ pub struct Built {
     pub device: Box<dyn Device>,
     /// Host memory of the window; the VMM makes it one memory slot and keeps it until the VM is gone.
     pub memory: Option<WindowMemory>,
+    /// Where files and directories can be granted to the guest and taken back, while the device is on its thread or not.
+    pub grants: Option<Grants>,
+}
+
+impl Built {
+    /// A device with nothing beside it.
+    #[must_use]
+    pub fn new(device: impl Device + 'static) -> Self {
+        Self { device: Box::new(device), memory: None, grants: None }
+    }
 }
 
 /// Host memory behind a window.
@@ -136,4 +149,5 @@ pub const KINDS: &[&Kind] = &[
     &crate::console::KIND,
     &crate::vsock::KIND,
     &crate::gpu::KIND,
+    &crate::fs::KIND,
 ];

@@ -103,7 +103,7 @@ fn create(id: &str, config: Option<&DiskConfig>, saved: Option<&SavedState>) -> 
             config.queue_size
         );
     }
-    Ok(Built { device: Box::new(Blk::new(Box::new(engine), form, state)), memory: None })
+    Ok(Built::new(Blk::new(Box::new(engine), form, state)))
 }
 
 fn open(id: &str, config: &DiskConfig) -> Result<Image, BuildError> {

@@ -70,7 +70,7 @@ fn create(id: &str, ends: Option<ConsoleEnds>, saved: Option<&SavedState>) -> Re
     let device = output
         .and_then(|output| Console::new(output, input?, size, state))
         .map_err(|e| other(format!("cannot use the console's files: {e}")))?;
-    Ok(Built { device: Box::new(device), memory: None })
+    Ok(Built::new(device))
 }
 
 const SYSCALLS: &[Syscall] = &[

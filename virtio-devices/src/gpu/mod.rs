@@ -52,7 +52,7 @@ fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
         device.restore(saved).map_err(fail)?;
     }
     let memory = WindowMemory { mapping: device.window(), read_only: false };
-    Ok(Built { device: Box::new(device), memory: Some(memory) })
+    Ok(Built { device: Box::new(device), memory: Some(memory), grants: None })
 }
 
 /// A device for tests and fuzzers, with an eventfd of its own.

@@ -91,7 +91,7 @@ fn create(
     let mapping = map(&image, window, config.discard_writes).map_err(|e| other(format!("{name}: {e}")))?;
     let mapping = Arc::new(Mutex::new(mapping));
     let device = Pmem { image, path: config.file.clone(), window, mapping: mapping.clone(), state };
-    Ok(Built { device: Box::new(device), memory: Some(WindowMemory { mapping, read_only: false }) })
+    Ok(Built { device: Box::new(device), memory: Some(WindowMemory { mapping, read_only: false }), grants: None })
 }
 
 fn open(id: &str, config: &PmemConfig) -> Result<Image, BuildError> {

@@ -33,5 +33,5 @@ fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
         path: path.clone(),
         source,
     })?;
-    Ok(Built { device: Box::new(Rng::new(source)), memory: None })
+    Ok(Built::new(Rng::new(source)))
 }

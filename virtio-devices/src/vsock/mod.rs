@@ -48,7 +48,7 @@ fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
     }
     let device =
         Vsock::new(config.cid, &config.socket, ctx.listener, ctx.saved.is_some()).map_err(|e| fail(e.to_string()))?;
-    Ok(Built { device: Box::new(device), memory: None })
+    Ok(Built::new(device))
 }
 
 const SYSCALLS: &[Syscall] = &[

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::irq::{Msi, MsiSink};
 use hypervisor::Vm;
+use passthrough::Grants;
 use virtio_devices::device::{Device, Memory, WindowAddress};
 use virtio_devices::mapping::Mapping;
 use virtio_devices::registry::{BuildContext, KINDS, Kind, Request};
@@ -24,6 +25,8 @@ pub struct BuiltDevice<'a> {
     planned: &'a PlannedDevice,
     kind: &'static Kind,
     device: Box<dyn Device>,
+    /// Where files and directories can be granted through it.
+    pub grants: Option<Grants>,
     /// Host memory of its window.
     pub window: Option<Arc<Mutex<Mapping>>>,
 }
@@ -44,6 +47,7 @@ pub fn build<'a>(from: &Ingredients<'a>, vm: &dyn Vm) -> Result<Vec<BuiltDevice<
             console: console.map_err(|source| BuildError::Host { what: "open the console", source })?,
             listener: listener.map_err(|source| BuildError::Host { what: "take over a device's socket", source })?,
             renderer: from.renderer,
+            grants: from.grants.get(&planned.id).cloned(),
             saved: saved_device(from, index).map(|saved| &saved.device),
         })?;
         let window = match (planned.window, built.memory) {
@@ -56,9 +60,16 @@ pub fn build<'a>(from: &Ingredients<'a>, vm: &dyn Vm) -> Result<Vec<BuiltDevice<
             (None, None) => None,
             _ => return Err(BuildError::Plan(format!("{} and its window do not belong together", planned.id))),
         };
-        all.push(BuiltDevice { planned, kind, device: built.device, window });
+        all.push(BuiltDevice { planned, kind, device: built.device, grants: built.grants, window });
     }
     Ok(all)
+}
+
+impl BuiltDevice<'_> {
+    /// Its identifier and its table of grants, if it has one.
+    pub fn grants(&self) -> Option<(String, Grants)> {
+        Some((self.planned.id.clone(), self.grants.clone()?))
+    }
 }
 
 /// What a snapshot says of the plan's device number `index`.

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use ::devices::platform::{VmGenId, VmGenIdError};
 use arch::layout::{VM_GENERATION_ID, port::GED_EVENT_VM_GENERATION};
 use hypervisor::Hypervisor;
+use passthrough::Grants;
 use virtio_devices::device::Memory;
 use virtio_devices::gpu::RendererFactory;
 use virtio_devices::registry::{BuildError as DeviceError, Kind};
@@ -116,6 +117,8 @@ pub struct Ingredients<'a> {
     pub console: Option<&'a Stream>,
     /// Listening sockets that were handed down, by the identifier of their device.
     pub listeners: &'a BTreeMap<String, OwnedFd>,
+    /// What was granted through each device, by its identifier, when the machine was started before.
+    pub grants: &'a BTreeMap<String, Grants>,
     /// The engine of virtio-gpu.
     pub renderer: &'a dyn RendererFactory,
     /// System-call filters.
@@ -163,6 +166,7 @@ pub fn build(from: &Ingredients<'_>) -> Result<Machine, BuildError> {
     memory::add_ram(vm.as_ref(), &plan.ram, &ram)?;
     let built = devices::build(from, vm.as_ref())?;
     let windows = built.iter().filter_map(|d| d.window.clone()).collect();
+    let grants = built.iter().filter_map(|d| d.grants()).collect();
     vm.create_interrupt_controller(arch::layout::gsi::IOAPIC_PINS)?;
     let mut platform = platform::Platform::new(from, &vm)?;
     let mem = GuestMemoryAtomic::new(ram.clone());
@@ -183,7 +187,7 @@ pub fn build(from: &Ingredients<'_>) -> Result<Machine, BuildError> {
     let vcpus = start.map_err(|source| BuildError::Host { what: "start a vCPU's thread", source })?;
     // Of what was touched here.
     ondemand.as_ref().map_or(Ok(()), OnDemand::check)?;
-    Ok(Machine { vcpus, transports, parts, vm, plan: plan.clone(), _windows: windows, ondemand, ram })
+    Ok(Machine { vcpus, transports, parts, vm, plan: plan.clone(), _windows: windows, grants, ondemand, ram })
 }
 
 fn allocate_ram(from: &Ingredients<'_>) -> Result<Memory, BuildError> {

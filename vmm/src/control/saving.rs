@@ -101,7 +101,8 @@ impl Vmm {
             None => Stream::open(config),
         };
         let (serial, console) = (stream("serial", &config.serial)?, stream("console", &config.console)?);
-        self.created = Some(Created { config, serial, console, listeners: handed, machine: None, paused: false });
+        let (listeners, grants) = (handed, BTreeMap::new());
+        self.created = Some(Created { config, serial, console, listeners, grants, machine: None, paused: false });
         let saved = Saved { state: &template.state, memory: SavedMemory::CopyOnWrite(&template.memory) };
         self.build(&template.state.plan, Some(saved))?;
         if clone.paused { Ok(()) } else { self.resume() }
