@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use crate::{Initramfs, Vmm, VmmCommand, programs};
 
 /// What a line of its answers begins with.
-const SAID: &str = "said: ";
+const SAID: &str = "said:";
 /// What it says when it has booted.
 const READY: &str = "the shell is ready";
 

@@ -71,7 +71,7 @@ fn a_guest_uses_what_it_was_granted_while_it_was() {
     fs::write(path.join("shared/copy"), &data).unwrap();
     assert_eq!(ask(&mut vmm, "echo 3 >/proc/sys/vm/drop_caches; md5sum </host/shared/copy"), sum);
     assert_eq!(ask(&mut vmm, "cd /host/shared; mkdir d; mv data d/moved; ln d/moved d/again; ls d"), "again moved");
-    assert_eq!(ask(&mut vmm, "rm -r d; cp /bin/busybox run; ./run echo it runs"), "it runs");
+    assert_eq!(ask(&mut vmm, "rm -r d; cp /bin/busybox .; ./busybox echo it runs"), "it runs");
     let many = "mkdir m; i=0; while [ $i -lt 500 ]; do echo $i >m/$i; i=$((i+1)); done; cat m/* | sort -n | tail -n 1; ls m | wc -l";
     assert_eq!(ask(&mut vmm, many), "499 500");
     assert_eq!(ask(&mut vmm, "echo one >log; echo two >>log; cat log; truncate -s 2 log; cat log; cd /"), "one two on");
