@@ -163,7 +163,7 @@ impl Tree {
         let node = self.node(parent)?;
         node.grant.check_writable()?;
         let (grant, dir) = (node.grant.clone(), node.directory()?);
-        let found = match host::create(dir, name, flags.host(), Mode::from_raw_mode(mode & PERMISSIONS)) {
+        match host::create(dir, name, flags.host(), Mode::from_raw_mode(mode & PERMISSIONS)) {
             Ok(fd) => {
                 let found = self.tell_opened(&grant, &fd)?;
                 let file = File { grant, fd: Arc::new(fd), read: flags.read, write: flags.write, sync: false };
@@ -175,8 +175,7 @@ impl Tree {
                 self.open(found.node, flags).map(|handle| (found, handle)).inspect_err(|_| self.forget(found.node, 1))
             }
             Err(e) => Err(e),
-        };
-        found
+        }
     }
 
     /// Reads from `offset` into guest memory; fewer bytes than there is room for at the end of the file only.

@@ -391,7 +391,7 @@ fn what_is_revoked_is_gone_at_once_and_closed_soon() {
     assert_eq!(host.tree.entries(dir, 0, |_, _| true).unwrap_err(), Errno::STALE);
     assert_eq!(host.walk("shared").unwrap_err(), Errno::NOENT);
     host.tree.forget_revoked();
-    assert_eq!(before.0, ((4, 3)));
+    assert_eq!(before.0, (4, 3));
     assert_eq!(host.tree.in_use(), (1, 1));
     assert_eq!(host.tree.attributes(file).unwrap_err(), Errno::STALE);
     assert_eq!(read_at(&host.tree, report, kept, 0).unwrap(), "a report");

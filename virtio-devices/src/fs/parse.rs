@@ -139,7 +139,7 @@ pub fn parse(opcode: u32, node: u64, body: &[u8]) -> Result<Request<'_>, Errno> 
         op::BATCH_FORGET => batch_forget(body)?,
         op::INTERRUPT => Request::Interrupt,
         op::GETATTR => Request::GetAttributes,
-        op::SETATTR => set_attributes(&take(body)?.0),
+        op::SETATTR => set_attributes(take(body)?.0),
         op::STATFS => Request::FileSystem,
         op::LOOKUP..=op::LINK | op::RENAME2 => return parse_named(opcode, body),
         op::CREATE => {

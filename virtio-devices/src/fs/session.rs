@@ -166,7 +166,7 @@ impl Session {
                 let (found, handle) = tree.create(node, &name, mode, flags)?;
                 let mut bytes = entry_out(self.owner, node, &found).as_bytes().to_vec();
                 bytes.extend_from_slice(open_out(handle).as_bytes());
-                return Ok(Reply::Bytes(bytes));
+                Ok(Reply::Bytes(bytes))
             }
             Request::OpenDirectory => Ok(handle(tree.open_directory(node)?)),
             Request::ReadDirectory { handle, offset, size, plus } => {
@@ -189,9 +189,7 @@ impl Session {
                 let offset = tree.seek(node, handle, offset, hole)?;
                 Ok(Reply::of(&LseekOut { offset: offset.into() }))
             }
-            Request::Copy { handle, offset, to, len } => {
-                tree.copy((node, handle, offset), to, len).map(|copied| written(copied))
-            }
+            Request::Copy { handle, offset, to, len } => tree.copy((node, handle, offset), to, len).map(written),
             _ => Err(Errno::NOSYS),
         }
     }

@@ -334,3 +334,26 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn file_systems_have_names_of_their_own_and_no_socket() {
+    let fs = |text: &str| FsConfig::parse(text).unwrap();
+    assert_eq!(fs("tag=host"), FsConfig { tag: "host".into(), uid: 1000, gid: 1000, ..Default::default() });
+    let other = fs("tag=other,uid=5,gid=6,id=files");
+    assert_eq!((other.uid, other.gid, other.id.as_deref()), (5, 6, Some("files")));
+    assert!(FsConfig::parse("uid=5").unwrap_err().to_string().contains("tag is missing"));
+    let with = |all: &[FsConfig]| VmConfig { fs: all.to_vec(), ..bootable() };
+    assert_eq!(problems(&with(&[fs("tag=host"), other])), [""; 0]);
+    let cloud_hypervisors = fs("tag=host,socket=/run/fs.sock,num_queues=1,queue_size=1024");
+    assert_problem(&with(&[cloud_hypervisors]), ProblemKind::NotSupported, "fs[0].socket", "memory that it shares");
+    let long = "x".repeat(37);
+    for tag in ["", long.as_str(), "a\0b"] {
+        let fs = FsConfig { tag: tag.into(), ..Default::default() };
+        assert_problem(&with(&[fs]), ProblemKind::Value, "fs[0].tag", "36 bytes");
+    }
+    let twice = with(&[fs("tag=host"), fs("tag=host")]);
+    assert_problem(&twice, ProblemKind::Conflict, "fs[1].tag", "another file system");
+    let same = with(&[fs("tag=a,id=x"), fs("tag=b,id=x")]);
+    assert_problem(&same, ProblemKind::Conflict, "fs[1].id", "already the name");
+    assert!(GrantConfig::from_json(br#"{"id": "_fs0", "name": "a", "writeable": true}"#).is_err(), "misspelt");
+}
