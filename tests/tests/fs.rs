@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, RenameFlags, mknodat, open, renameat_with};
 use rustix::process::{Pid, Signal, kill_process};
+use tests::agent::{self, Host};
 use tests::shell::{self, ask, ask_on};
 use tests::{VmmCommand, zygote};
 use vmm_api::{Client, Request};
@@ -112,6 +113,15 @@ fn a_guest_uses_what_it_was_granted_while_it_was() {
     vmm.wait().assert_success();
 }
 
+/// Ends the other thread, also when this one fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// What a guest in league with a program on the host could try.
 #[test]
 fn a_guest_does_not_get_out_of_what_it_was_granted() {
@@ -166,10 +176,9 @@ fn a_guest_does_not_get_out_of_what_it_was_granted() {
                 thread::yield_now();
             }
         });
+        let _ends = Ends(&done);
         let race = "i=0; while [ $i -lt 300 ]; do cat /host/shared/swap/secret 2>/dev/null; i=$((i+1)); done | sort -u";
-        let said = ask(&mut vmm, race);
-        done.store(true, Ordering::Relaxed);
-        assert_eq!(said, "inside");
+        assert_eq!(ask(&mut vmm, race), "inside");
     });
     assert_eq!(fs::read_to_string(&secret).unwrap(), "secret\n");
     client.send(&Request::VmmShutdown).unwrap();
@@ -232,6 +241,25 @@ fn a_mounted_file_system_goes_on_in_a_clone() {
     for (pid, ..) in clones {
         kill_process(pid, Signal::KILL).unwrap();
     }
+}
+
+/// The first process of a template's VM mounts what there is.
+#[test]
+fn an_application_vm_has_its_grants_at_host() {
+    let (keep, path) = host();
+    let socket = keep.path().join("vsock");
+    let agent = Host::at(&socket);
+    let mut vmm = agent::command(&socket).arg("--fs", "tag=host").api().spawn();
+    let _link = agent.greeting();
+    assert_eq!(agent.ask(guest_proto::Request::Wake(zygote::identity())).1, guest_proto::Reply::Done);
+    add_fd(&mut vmm.client(), "shared", reference(&path.join("shared")).as_fd(), true);
+    let script = "su user -s /bin/sh -c 'echo of the user >/host/shared/file'; stat -c %U /host/shared/file; \
+                  grep -o 'virtiofs [a-z,]*nosuid,nodev' /proc/mounts";
+    let said = agent.shell(script).unwrap();
+    assert_eq!(fs::read_to_string(path.join("shared/file")).unwrap_or_default(), "of the user\n", "{said}");
+    assert!(said.starts_with("user\n") && said.contains("nosuid,nodev"), "{said}");
+    vmm.client().send(&Request::VmmShutdown).unwrap();
+    vmm.wait().assert_success();
 }
 
 #[test]

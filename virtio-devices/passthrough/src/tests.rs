@@ -235,6 +235,15 @@ fn a_directory_that_becomes_a_link_leads_nowhere() {
     assert!(host.tree.lookup(inner, &name("own")).is_ok(), "it is the directory it was");
 }
 
+/// Ends the other thread, also when this one fails.
+struct Ends<'a>(&'a std::sync::atomic::AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
 /// What a guest could reach while another thread swaps a directory and a link is never outside.
 #[test]
 fn swapping_links_and_directories_in_a_race_never_leads_outside() {
@@ -251,6 +260,7 @@ fn swapping_links_and_directories_in_a_race_never_leads_outside() {
                 rustix::fs::renameat_with(&dir, "inner", &dir, "link", flags).unwrap();
             }
         });
+        let _ends = Ends(&done);
         let mut seen = 0;
         for _ in 0..20_000 {
             match host.read("shared/inner/secret") {
@@ -262,7 +272,6 @@ fn swapping_links_and_directories_in_a_race_never_leads_outside() {
             }
             host.tree.clear();
         }
-        done.store(true, std::sync::atomic::Ordering::Relaxed);
         assert!(seen > 0);
     });
 }

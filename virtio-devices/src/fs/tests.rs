@@ -369,6 +369,11 @@ fn chains_that_are_no_requests_are_returned() {
         bytes[0] += 1;
         bytes
     };
+    let shorter = {
+        let mut bytes = request.clone();
+        bytes[0] = 39;
+        bytes
+    };
     let room = || Buffer::writable(256);
     let mut lengths = Vec::new();
     for buffers in [
@@ -378,13 +383,14 @@ fn chains_that_are_no_requests_are_returned() {
         vec![Buffer::readable(&request), Buffer::writable(15)],
         vec![Buffer::readable(&request), Buffer::writable(100)],
         vec![Buffer::readable(&longer), room()],
+        vec![Buffer::readable(&shorter), room()],
         vec![Buffer::readable(&request), room()],
     ] {
         guest.driver.offer(1, &buffers);
         guest.driver.run(1).unwrap();
         lengths.push(guest.driver.used(1).last().unwrap().1);
     }
-    assert_eq!(lengths, [0, 0, 0, 0, 0, 16, 120]);
+    assert_eq!(lengths, [0, 0, 0, 0, 0, 16, 16, 120]);
     // A request whose data is in no memory, and one whose answer is to be.
     let file = guest.file();
     let handle = guest.open(file, libc::O_RDWR);
