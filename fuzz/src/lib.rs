@@ -15,7 +15,7 @@ use virtio_devices::rng::Rng;
 use virtio_devices::testkit;
 use virtio_devices::transport::{Doorbells, PciTransport, Setup, TransportState};
 use vm_memory::GuestMemoryAtomic;
-use vmm_config::{DiskConfig, GpuConfig, PmemConfig, VmConfig, VsockConfig};
+use vmm_config::{DiskConfig, FsConfig, GpuConfig, PmemConfig, VmConfig, VsockConfig};
 use vmm_sys_util::eventfd::EventFd;
 
 // The targets' macro needs it, and they need not name it.
@@ -56,6 +56,7 @@ fn machine() -> &'static Machine {
             pmem: vec![PmemConfig { file: pmem_path, ..PmemConfig::default() }],
             vsock: Some(VsockConfig { cid: 3, socket, ..VsockConfig::default() }),
             gpu: vec![GpuConfig { wayland: Some("/nowhere".into()), window: 1 << 20, ..GpuConfig::default() }],
+            fs: vec![FsConfig { tag: "host".into(), ..FsConfig::default() }],
             ..VmConfig::default()
         };
         Machine { config, output, input, _files: [disk, pmem] }

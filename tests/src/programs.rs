@@ -36,7 +36,12 @@ pub fn kernel(name: &str) -> PathBuf {
     existing(directory.join(name))
 }
 
-fn existing(path: PathBuf) -> PathBuf {
+/// This file.
+///
+/// # Panics
+/// If it is not there.
+#[must_use]
+pub fn existing(path: PathBuf) -> PathBuf {
     assert!(path.exists(), "{} is missing: build it with scripts/build", path.display());
     path
 }

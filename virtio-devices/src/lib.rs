@@ -9,6 +9,7 @@
 pub mod blk;
 pub mod console;
 pub mod device;
+pub mod fs;
 pub mod gpu;
 pub mod mapping;
 pub mod pagemap;

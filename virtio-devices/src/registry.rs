@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use block::image::Image;
+use passthrough::Grants;
 use vmm_config::{HostFacts, VmConfig};
 
 use crate::device::{Device, SavedState, WindowAddress};
@@ -72,6 +73,8 @@ pub struct BuildContext<'a> {
     pub listener: Option<OwnedFd>,
     /// The engine behind virtio-gpu.
     pub renderer: &'a dyn crate::gpu::RendererFactory,
+    /// What was granted to the device's guest before it was started anew; nothing: the device makes a table, if it has one.
+    pub grants: Option<Grants>,
     /// The device's state in a snapshot, if this is a restore.
     pub saved: Option<&'a SavedState>,
 }
@@ -85,6 +88,22 @@ pub struct ConsoleEnds {
     pub input: Option<OwnedFd>,
     /// Whether `output` is a terminal whose size the guest wants to know.
     pub terminal: bool,
+}
+
+/// A device that was built.
+pub struct Built {
+    /// The device.
+    pub device: Box<dyn Device>,
+    /// Where files and directories can be granted to the guest and taken back, while the device is on its thread or not.
+    pub grants: Option<Grants>,
+}
+
+impl Built {
+    /// A device with nothing beside it.
+    #[must_use]
+    pub fn new(device: impl Device + 'static) -> Self {
+        Self { device: Box::new(device), grants: None }
+    }
 }
 
 /// Host memory behind a window. The VMM makes it one memory slot and keeps it until the VM is gone.
@@ -128,7 +147,7 @@ pub struct Kind {
     /// controller and its vCPUs, and so before it is known what the device will be connected to.
     pub map: fn(WindowContext<'_>) -> Result<WindowMemory, BuildError>,
     /// Builds one, for boot, restore and clone alike.
-    pub build: fn(BuildContext<'_>) -> Result<Box<dyn Device>, BuildError>,
+    pub build: fn(BuildContext<'_>) -> Result<Built, BuildError>,
     /// What its worker may call.
     pub syscalls: &'static [Syscall],
 }
@@ -150,4 +169,5 @@ pub const KINDS: &[&Kind] = &[
     &crate::console::KIND,
     &crate::vsock::KIND,
     &crate::gpu::KIND,
+    &crate::fs::KIND,
 ];

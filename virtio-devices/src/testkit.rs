@@ -179,6 +179,14 @@ impl Driver {
         addr
     }
 
+    /// Puts bytes into guest memory.
+    ///
+    /// # Panics
+    /// If they do not fit there.
+    pub fn write(&self, addr: u64, bytes: &[u8]) {
+        self.mem.memory().write_slice(bytes, GuestAddress(addr)).unwrap();
+    }
+
     /// Makes a chain available and returns its head.
     pub fn offer(&mut self, queue: u16, buffers: &[Buffer]) -> u16 {
         let parts: Vec<(u64, u32, bool)> = buffers
@@ -462,7 +470,8 @@ pub fn restore(
         }
         None => None,
     };
-    (kind.build)(BuildContext { config, request, window, console, listener: None, renderer, saved })
+    (kind.build)(BuildContext { config, request, window, console, listener: None, renderer, grants: None, saved })
+        .map(|built| built.device)
 }
 
 /// Offers chains made from `bytes` to every queue of the device: garbage lengths, addresses, flags and indices. For

@@ -9,7 +9,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use thiserror::Error;
 use vmm_config::{
-    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, GpuConfig, LandlockRule, MemoryConfig, PayloadConfig,
+    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, FsConfig, GpuConfig, LandlockRule, MemoryConfig, PayloadConfig,
     PlatformConfig, PmemConfig, RestoreConfig, RngConfig, SerialConfig, VmConfig, VsockConfig, ZygoteConfig,
 };
 
@@ -18,7 +18,6 @@ const NOT_SUPPORTED: &[&str] = &[
     "balloon",
     "debug-console",
     "device",
-    "fs",
     "generic-vhost-user",
     "host-data",
     "igvm",
@@ -45,6 +44,7 @@ const MACHINE: &[&str] = &[
     "console",
     "cpus",
     "disk",
+    "fs",
     "gpu",
     "initramfs",
     "landlock",
@@ -106,6 +106,9 @@ pub struct Cli {
     /// Graphics: cross-domain,wayland=SOCKET shows the guest's windows on the Wayland compositor at SOCKET
     #[arg(long, value_name = "KEYS", num_args = 1.., value_parser = GpuConfig::parse)]
     pub gpu: Vec<GpuConfig>,
+    /// File systems for what the guest is granted by vm.add-grant: tag=NAME,uid=N,gid=N,id=NAME
+    #[arg(long, value_name = "KEYS", num_args = 1.., value_parser = FsConfig::parse)]
+    pub fs: Vec<FsConfig>,
     /// Go on with a machine from a snapshot: source_url=file:///DIR,memory_restore_mode=copy|ondemand|copyonwrite,resume=true
     #[arg(long, value_name = "KEYS", value_parser = RestoreConfig::parse, conflicts_with_all = ["kernel", "firmware"])]
     pub restore: Option<RestoreConfig>,
@@ -313,6 +316,7 @@ impl Cli {
             vsock: self.vsock.clone(),
             rng: self.rng.clone().unwrap_or_default(),
             gpu: self.gpu.clone(),
+            fs: self.fs.clone(),
             platform: self.platform.clone(),
             landlock_enable: self.landlock,
             landlock_rules: self.landlock_rules.clone(),

@@ -1,6 +1,7 @@
 //! The control thread: owns the machine, answers requests, hears of signals, input and what the guest does.
 
 mod event_loop;
+mod grants;
 mod saving;
 mod writer;
 
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use hypervisor::Hypervisor;
+use passthrough::{GrantError, Grants};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use virtio_devices::gpu::RendererFactory;
@@ -54,6 +56,9 @@ pub enum VmmError {
     /// The snapshot cannot be taken, or not be used.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// A file or directory cannot be granted, or taken back.
+    #[error(transparent)]
+    Grant(#[from] GrantError),
     /// Not now.
     #[error("{0}")]
     State(String),
@@ -85,6 +90,8 @@ struct Created {
     console: Option<Stream>,
     /// Listening sockets that were handed down, by the identifier of their device.
     listeners: BTreeMap<String, OwnedFd>,
+    /// What was granted through each device, by its identifier: it stays when the machine is started anew.
+    grants: BTreeMap<String, Grants>,
     machine: Option<Machine>,
     paused: bool,
 }
@@ -220,8 +227,8 @@ impl Vmm {
         if let Some(path) = console.as_ref().and_then(Stream::path) {
             config.console.file = Some(path.clone());
         }
-        let listeners = BTreeMap::new();
-        self.created = Some(Created { config, serial, console, listeners, machine: None, paused: false });
+        let (listeners, grants) = (BTreeMap::new(), BTreeMap::new());
+        self.created = Some(Created { config, serial, console, listeners, grants, machine: None, paused: false });
         Ok(())
     }
 
@@ -271,6 +278,7 @@ impl Vmm {
         let created = self.created.as_ref().ok_or_else(no_machine)?;
         let machine = chassis.build(&self.ingredients(created, plan, saved))?;
         if let Some(created) = &mut self.created {
+            created.grants.clone_from(&machine.grants);
             (created.machine, created.paused) = (Some(machine), true);
         }
         Ok(())
@@ -284,6 +292,7 @@ impl Vmm {
             serial: created.serial.as_ref(),
             console: created.console.as_ref(),
             listeners: &created.listeners,
+            grants: &created.grants,
             renderer: self.renderer.as_ref(),
             confinement: self.confinement.as_ref(),
             report: self.reporter(self.generation),
@@ -311,16 +320,17 @@ impl Vmm {
         })
     }
 
-    fn handle(&mut self, request: Request) -> Response {
+    /// Answers a request, with which `fds` came along.
+    fn handle(&mut self, request: Request, fds: Vec<OwnedFd>) -> Response {
         match decide(self.state(), request.action()) {
             Decision::Admit => {}
             Decision::Nothing => return Ok(Reply::Done),
             Decision::Refuse(failure) => return Err(failure),
         }
-        self.carry_out(request)
+        self.carry_out(request, fds)
     }
 
-    fn carry_out(&mut self, request: Request) -> Response {
+    fn carry_out(&mut self, request: Request, fds: Vec<OwnedFd>) -> Response {
         match request {
             Request::VmmPing => return Ok(Reply::Ping(ping())),
             Request::VmInfo => return self.info(),
@@ -352,6 +362,8 @@ impl Vmm {
             Request::VmLiveSnapshot(to) => return self.live_snapshot(&to).map(Reply::Forked).map_err(|e| failure(&e)),
             Request::VmWorkingSet(to) => self.working_set(&to).map_err(|e| failure(&e))?,
             Request::VmRestore(from) => self.restore(&from).map_err(|e| failure(&e))?,
+            Request::VmAddGrant(grant) => self.add_grant(&grant, fds).map_err(|e| failure(&e))?,
+            Request::VmRemoveGrant(grant) => self.remove_grant(&grant).map_err(|e| failure(&e))?,
             // Refused before.
             Request::VmClone(_) => {}
             Request::VmPowerButton => self.with_machine(false, Machine::press_power_button),

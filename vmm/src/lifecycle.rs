@@ -7,7 +7,8 @@
 //!       │      delete      │  └──── shutdown ─────┘         resume          │
 //!       └──────────────────┴◀──────────────── shutdown ─────────────────────┘
 //! ```
-//! `restore` leads from NotCreated to Paused, or with `resume` to Running; `snapshot` is admitted in Paused, `live-snapshot` in Running. `reboot` leads from Running or Paused to Running. `delete` is admitted everywhere and shuts down first. `ping` and
+//! `restore` leads from NotCreated to Paused, or with `resume` to Running; `snapshot` is admitted in Paused, `live-snapshot` in Running. `reboot` leads from Running or Paused to Running. Grants
+//! come and go in Running and Paused. `delete` is admitted everywhere and shuts down first. `ping` and
 //! `vmm.shutdown` are admitted everywhere; `info` as soon as a machine is created.
 
 use vmm_api::{Action, Failure, VmState};
@@ -30,8 +31,8 @@ pub enum Decision {
 #[must_use]
 pub fn decide(state: State, action: Action) -> Decision {
     use Action::{
-        VmBoot, VmClone, VmCreate, VmDelete, VmInfo, VmLiveSnapshot, VmPause, VmPowerButton, VmReboot, VmRestore,
-        VmResume, VmShutdown, VmSnapshot, VmWorkingSet, VmmPing, VmmShutdown,
+        VmAddGrant, VmBoot, VmClone, VmCreate, VmDelete, VmInfo, VmLiveSnapshot, VmPause, VmPowerButton, VmReboot,
+        VmRemoveGrant, VmRestore, VmResume, VmShutdown, VmSnapshot, VmWorkingSet, VmmPing, VmmShutdown,
     };
     use VmState::{Created, Paused, Running, Shutdown};
     match (action, state) {
@@ -42,7 +43,7 @@ pub fn decide(state: State, action: Action) -> Decision {
         (VmPause | VmPowerButton | VmLiveSnapshot, Some(Running)) | (VmResume | VmSnapshot, Some(Paused)) => {
             Decision::Admit
         }
-        (VmShutdown | VmReboot | VmWorkingSet, Some(Running | Paused)) => Decision::Admit,
+        (VmShutdown | VmReboot | VmWorkingSet | VmAddGrant | VmRemoveGrant, Some(Running | Paused)) => Decision::Admit,
         (VmDelete, None) => Decision::Nothing,
         (VmClone, _) => {
             Decision::Refuse(Failure::Other(vec!["only a zygote makes clones; start one with --zygote".into()]))
@@ -59,7 +60,8 @@ pub fn decide(state: State, action: Action) -> Decision {
             Decision::Refuse(Failure::Other(vec!["VM is running; pause it before taking a snapshot".into()]))
         }
         (
-            VmPause | VmResume | VmShutdown | VmReboot | VmPowerButton | VmSnapshot | VmLiveSnapshot | VmWorkingSet,
+            VmPause | VmResume | VmShutdown | VmReboot | VmPowerButton | VmSnapshot | VmLiveSnapshot | VmWorkingSet
+            | VmAddGrant | VmRemoveGrant,
             _,
         ) => Decision::Refuse(Failure::NotRunning),
     }
@@ -83,7 +85,7 @@ mod tests {
         }
     }
 
-    const ALL: [Action; 16] = [
+    const ALL: [Action; 18] = [
         Action::VmmPing,
         Action::VmmShutdown,
         Action::VmCreate,
@@ -100,6 +102,8 @@ mod tests {
         Action::VmClone,
         Action::VmLiveSnapshot,
         Action::VmWorkingSet,
+        Action::VmAddGrant,
+        Action::VmRemoveGrant,
     ];
 
     #[test]

@@ -1,5 +1,6 @@
 //! A built machine and the verbs on it. One thread owns it.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
 
@@ -8,6 +9,7 @@ use devices::legacy::{IoApic, Serial};
 use devices::pci::LegacyConfig;
 use devices::platform::GenericEvent;
 use hypervisor::Vm;
+use passthrough::Grants;
 use virtio_devices::device::Memory;
 use virtio_devices::mapping::Mapping;
 use virtio_devices::transport::PciTransport;
@@ -38,6 +40,8 @@ pub struct Machine {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) plan: Plan,
     pub(crate) _windows: Vec<Arc<Mutex<Mapping>>>,
+    /// Where files and directories can be granted, by the identifier of the device.
+    pub(crate) grants: BTreeMap<String, Grants>,
     /// Restores memory while there is somebody who could touch it.
     pub(crate) ondemand: Option<OnDemand>,
     pub(crate) ram: Memory,

@@ -5,6 +5,7 @@
 //! wrong is printed on the console, and then the VM powers off: a kernel panic would say less.
 
 mod cmdline;
+mod grants;
 mod modules;
 mod power;
 mod root;
@@ -64,6 +65,7 @@ fn run() -> Result<Ending, InitError> {
     modules::load(Path::new("/modules"));
     root::enter(&parameters)?;
     say!("init: root is mounted");
+    grants::mount_host();
     system::configure(&parameters);
     power::watch_button();
     Ok(supervise::run(&parameters)?)

@@ -23,6 +23,7 @@ const MODULES: &[&str] = &[
     "button",
     "evdev",
     "virtio-gpu",
+    "virtiofs",
 ];
 
 /// Why there is no kernel.

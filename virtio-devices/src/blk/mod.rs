@@ -17,8 +17,8 @@ use vmm_config::{DiskConfig, HostFacts, ImageType, VmConfig};
 pub use device::Blk;
 use device::{Form, ID_BYTES};
 
-use crate::device::{Device, SavedState};
-use crate::registry::{BuildContext, BuildError, Kind, Request, Syscall, no_window};
+use crate::device::SavedState;
+use crate::registry::{BuildContext, BuildError, Built, Kind, Request, Syscall, no_window};
 
 /// The kind's entry in the registry.
 pub const KIND: Kind = Kind { name: "disk", requests, map: no_window, build, syscalls: SYSCALLS };
@@ -56,11 +56,11 @@ fn requests(config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
     config.disks.iter().enumerate().map(request).collect()
 }
 
-fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
+fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
     create(&ctx.request.id, ctx.config.disks.get(ctx.request.index), ctx.saved)
 }
 
-fn create(id: &str, config: Option<&DiskConfig>, saved: Option<&SavedState>) -> Result<Box<dyn Device>, BuildError> {
+fn create(id: &str, config: Option<&DiskConfig>, saved: Option<&SavedState>) -> Result<Built, BuildError> {
     let other = |reason: String| BuildError::Other { device: id.to_owned(), reason };
     let config = config.ok_or_else(|| other("it has no configuration".into()))?;
     let name = config.path.display();
@@ -103,7 +103,7 @@ fn create(id: &str, config: Option<&DiskConfig>, saved: Option<&SavedState>) -> 
             config.queue_size
         );
     }
-    Ok(Box::new(Blk::new(Box::new(engine), form, state)))
+    Ok(Built::new(Blk::new(Box::new(engine), form, state)))
 }
 
 fn open(id: &str, config: &DiskConfig) -> Result<Image, BuildError> {

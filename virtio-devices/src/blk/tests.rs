@@ -31,7 +31,7 @@ fn disk(path: &Path, change: impl FnOnce(&mut DiskConfig)) -> DiskConfig {
 }
 
 fn make(path: &Path, change: impl FnOnce(&mut DiskConfig)) -> Box<dyn Device> {
-    create("_disk0", Some(&disk(path, change)), None).unwrap()
+    create("_disk0", Some(&disk(path, change)), None).unwrap().device
 }
 
 fn refusal(path: &Path, change: impl FnOnce(&mut DiskConfig)) -> String {

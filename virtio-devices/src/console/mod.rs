@@ -15,8 +15,8 @@ use vmm_config::{ConsoleMode, HostFacts, VmConfig};
 
 pub use device::Console;
 
-use crate::device::{Device, SavedState};
-use crate::registry::{BuildContext, BuildError, ConsoleEnds, Kind, Request, Syscall, no_window};
+use crate::device::SavedState;
+use crate::registry::{BuildContext, BuildError, Built, ConsoleEnds, Kind, Request, Syscall, no_window};
 
 /// The kind's entry in the registry.
 pub const KIND: Kind = Kind { name: "console", requests, map: no_window, build, syscalls: SYSCALLS };
@@ -48,11 +48,11 @@ fn requests(config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
     }
 }
 
-fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
+fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
     create(&ctx.request.id, ctx.console, ctx.saved)
 }
 
-fn create(id: &str, ends: Option<ConsoleEnds>, saved: Option<&SavedState>) -> Result<Box<dyn Device>, BuildError> {
+fn create(id: &str, ends: Option<ConsoleEnds>, saved: Option<&SavedState>) -> Result<Built, BuildError> {
     let other = |reason: String| BuildError::Other { device: id.to_owned(), reason };
     let state = match saved {
         Some(saved) => saved.read(KIND.name, STATE_VERSION).map_err(|e| other(e.to_string()))?,
@@ -70,7 +70,7 @@ fn create(id: &str, ends: Option<ConsoleEnds>, saved: Option<&SavedState>) -> Re
     let device = output
         .and_then(|output| Console::new(output, input?, size, state))
         .map_err(|e| other(format!("cannot use the console's files: {e}")))?;
-    Ok(Box::new(device))
+    Ok(Built::new(device))
 }
 
 const SYSCALLS: &[Syscall] = &[

@@ -19,7 +19,7 @@ const TIMER: usize = 0;
 const OUTPUT: usize = 1;
 
 fn make(output: Option<OwnedFd>, input: Option<OwnedFd>) -> Box<dyn Device> {
-    create("_console", Some(ConsoleEnds { output, input, terminal: false }), None).unwrap()
+    create("_console", Some(ConsoleEnds { output, input, terminal: false }), None).unwrap().device
 }
 
 /// A pipe whose buffer is one page.
@@ -70,7 +70,7 @@ fn output_reaches_a_file_in_order_and_whole() {
 
 #[test]
 fn without_output_everything_is_taken() {
-    let mut driver = Driver::new(create("_console", None, None).unwrap());
+    let mut driver = Driver::new(create("_console", None, None).unwrap().device);
     driver.offer(TX, &[Buffer::readable(&[0; 100])]);
     driver.offer_raw(TX, 1 << 40, u32::MAX, false);
     driver.run(TX).unwrap();
@@ -110,7 +110,7 @@ fn what_was_sent_of_a_chain_survives_a_snapshot() {
     assert_eq!(saved.read::<State>(KIND.name, STATE_VERSION).unwrap(), State { sent: 4096 });
     let (mut next, writer) = pipe();
     let ends = ConsoleEnds { output: Some(writer), input: None, terminal: false };
-    let mut driver = Driver::new(create("_console", Some(ends), Some(&saved)).unwrap());
+    let mut driver = Driver::new(create("_console", Some(ends), Some(&saved)).unwrap().device);
     driver.offer(TX, &[Buffer::readable(&bytes(6000))]);
     driver.run(TX).unwrap();
     let mut text = vec![0; 6000];
@@ -121,7 +121,7 @@ fn what_was_sent_of_a_chain_survives_a_snapshot() {
 
 #[test]
 fn hostile_states_are_refused() {
-    let saved = create("_console", None, None).unwrap().save();
+    let saved = create("_console", None, None).unwrap().device.save();
     let restore = |saved: SavedState| create("_console", None, Some(&saved)).map(drop).map_err(|e| e.to_string());
     restore(saved.clone()).unwrap();
     assert!(restore(SavedState { version: 9, ..saved.clone() }).unwrap_err().contains("version 9"));
@@ -133,7 +133,7 @@ fn hostile_states_are_refused() {
     let saved = SavedState::new(KIND.name, STATE_VERSION, &State { sent: usize::MAX });
     let (_reader, writer) = pipe();
     let ends = ConsoleEnds { output: Some(writer), input: None, terminal: false };
-    let mut driver = Driver::new(create("_console", Some(ends), Some(&saved)).unwrap());
+    let mut driver = Driver::new(create("_console", Some(ends), Some(&saved)).unwrap().device);
     driver.offer(TX, &[Buffer::readable(b"x")]);
     driver.run(TX).unwrap();
     assert_eq!(driver.used(TX).len(), 1);
@@ -303,7 +303,7 @@ fn the_size_of_a_terminal_is_told() {
     let terminal: OwnedFd = open().into();
     tcsetwinsize(&terminal, Winsize { ws_row: 50, ws_col: 132, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
     let ends = ConsoleEnds { output: Some(terminal.try_clone().unwrap()), input: Some(terminal), terminal: true };
-    let device = create("_console", Some(ends), None).unwrap();
+    let device = create("_console", Some(ends), None).unwrap().device;
     assert_eq!(device.traits().config.bytes(), [132, 0, 50, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     drop(master);
 }

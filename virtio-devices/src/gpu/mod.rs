@@ -27,9 +27,10 @@ pub use window::{Backing, WindowError};
 
 use window::Window;
 
-use crate::device::Device;
 use crate::mapping::Mapping;
-use crate::registry::{BuildContext, BuildError, Kind, Request, Syscall, WindowContext, WindowMemory, WindowRequest};
+use crate::registry::{
+    BuildContext, BuildError, Built, Kind, Request, Syscall, WindowContext, WindowMemory, WindowRequest,
+};
 
 /// The kind's entry in the registry.
 pub const KIND: Kind = Kind { name: "gpu", requests, map, build, syscalls: SYSCALLS };
@@ -51,7 +52,7 @@ fn map(ctx: WindowContext<'_>) -> Result<WindowMemory, BuildError> {
     Ok(WindowMemory { mapping: Arc::new(Mutex::new(mapping)), image: None })
 }
 
-fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
+fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
     let fail = |reason: String| BuildError::Other { device: ctx.request.id.clone(), reason };
     let gpu = ctx.config.gpu.get(ctx.request.index).ok_or_else(|| fail("not in the configuration".into()))?;
     let wayland = gpu.wayland.as_deref().ok_or_else(|| fail("wayland= (the compositor's socket) is missing".into()))?;
@@ -63,7 +64,7 @@ fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
     if let Some(saved) = ctx.saved {
         device.restore(saved).map_err(fail)?;
     }
-    Ok(Box::new(device))
+    Ok(Built::new(device))
 }
 
 /// A device for tests and fuzzers, with an eventfd of its own.

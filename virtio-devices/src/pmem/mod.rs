@@ -26,9 +26,11 @@ use vmm_config::{HostFacts, PmemConfig, VmConfig};
 
 pub use device::Pmem;
 
-use crate::device::{Device, SavedState, WindowAddress};
+use crate::device::{SavedState, WindowAddress};
 use crate::mapping::{self, Mapping, PAGE_SIZE};
-use crate::registry::{BuildContext, BuildError, Kind, Request, Syscall, WindowContext, WindowMemory, WindowRequest};
+use crate::registry::{
+    BuildContext, BuildError, Built, Kind, Request, Syscall, WindowContext, WindowMemory, WindowRequest,
+};
 
 /// The kind's entry in the registry.
 pub const KIND: Kind = Kind { name: "pmem", requests, map, build, syscalls: SYSCALLS };
@@ -72,7 +74,7 @@ fn map(ctx: WindowContext<'_>) -> Result<WindowMemory, BuildError> {
     show(&ctx.request.id, ctx.config.pmem.get(ctx.request.index), ctx.len)
 }
 
-fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
+fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
     create(&ctx.request.id, ctx.config.pmem.get(ctx.request.index), ctx.window, ctx.saved)
 }
 
@@ -98,7 +100,7 @@ fn create(
     config: Option<&PmemConfig>,
     window: Option<(WindowAddress, WindowMemory)>,
     saved: Option<&SavedState>,
-) -> Result<Box<dyn Device>, BuildError> {
+) -> Result<Built, BuildError> {
     let other = |reason: String| BuildError::Other { device: id.to_owned(), reason };
     let config = config.ok_or_else(|| other("it has no configuration".into()))?;
     let (window, memory) = window.ok_or_else(|| other("it was given no guest addresses".into()))?;
@@ -107,7 +109,7 @@ fn create(
     if let Some(saved) = saved {
         check_saved(saved, &state).map_err(|e| other(format!("{}: {e}", config.file.display())))?;
     }
-    Ok(Box::new(Pmem { image, path: config.file.clone(), window, mapping: memory.mapping, state }))
+    Ok(Built::new(Pmem { image, path: config.file.clone(), window, mapping: memory.mapping, state }))
 }
 
 fn open(id: &str, config: &PmemConfig) -> Result<Image, BuildError> {

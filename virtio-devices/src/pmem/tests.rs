@@ -33,22 +33,22 @@ fn facts(path: &Path) -> HostFacts {
 }
 
 /// A device and the memory of its window.
-struct Built {
+struct Made {
     device: Box<dyn Device>,
     mapping: Arc<Mutex<Mapping>>,
 }
 
-fn try_make(config: &VmConfig, facts: &HostFacts, saved: Option<&SavedState>) -> Result<Built, BuildError> {
+fn try_make(config: &VmConfig, facts: &HostFacts, saved: Option<&SavedState>) -> Result<Made, BuildError> {
     let request = requests(config, facts).remove(0);
     let Some(WindowRequest::Range { len }) = request.window else { panic!("{request:?}") };
     let pmem = config.pmem.get(request.index);
     let memory = show(&request.id, pmem, len)?;
     let mapping = memory.mapping.clone();
-    let device = create(&request.id, pmem, Some((WindowAddress { guest: GUEST, len }, memory)), saved)?;
-    Ok(Built { device, mapping })
+    let device = create(&request.id, pmem, Some((WindowAddress { guest: GUEST, len }, memory)), saved)?.device;
+    Ok(Made { device, mapping })
 }
 
-fn make(path: &Path, discard_writes: bool) -> Built {
+fn make(path: &Path, discard_writes: bool) -> Made {
     try_make(&config(path, discard_writes), &facts(path), None).unwrap()
 }
 
@@ -58,18 +58,18 @@ fn refusal(path: &Path, discard_writes: bool) -> String {
 }
 
 /// The guest's access to byte `at` of the window.
-fn byte(built: &Built, at: u64) -> *mut u8 {
+fn byte(built: &Made, at: u64) -> *mut u8 {
     let mapping = built.mapping.lock().unwrap();
     assert!(at < mapping.len());
     (mapping.host_address() + at) as *mut u8
 }
 
-fn read(built: &Built, at: u64) -> u8 {
+fn read(built: &Made, at: u64) -> u8 {
     // SAFETY: `byte` checked that it lies in the mapping, all of which is readable.
     unsafe { byte(built, at).read_volatile() }
 }
 
-fn write(built: &Built, at: u64, value: u8) {
+fn write(built: &Made, at: u64, value: u8) {
     // SAFETY: as in `read`; the whole mapping is writable.
     unsafe { byte(built, at).write_volatile(value) }
 }
@@ -117,7 +117,7 @@ fn written_pages_reach_the_file_and_its_size_stays() {
 }
 
 /// The fields of /proc/self/smaps, in KiB, of the mapping at the window's start.
-fn smaps(built: &Built) -> std::collections::BTreeMap<String, u64> {
+fn smaps(built: &Made) -> std::collections::BTreeMap<String, u64> {
     let start = format!("{:x}-", byte(built, 0) as u64);
     let text = fs::read_to_string("/proc/self/smaps").unwrap();
     let lines = text.lines().skip_while(|line| !line.starts_with(&start)).skip(1);
@@ -222,7 +222,7 @@ fn a_guest_that_wrote_what_would_be_lost_is_not_saved() {
     let file = image((2 << 20) + 5000);
     let end = (2 << 20) + 5000;
     let padding = (2 << 20) + 8192;
-    let lost = |built: &Built| built.device.can_save().err();
+    let lost = |built: &Made| built.device.can_save().err();
     for discard in [true, false] {
         // Reading is no harm, be it the image or the zeroes behind it.
         let built = make(file.path(), discard);

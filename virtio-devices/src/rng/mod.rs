@@ -10,8 +10,7 @@ use vmm_config::{HostFacts, VmConfig};
 
 pub use device::Rng;
 
-use crate::device::Device;
-use crate::registry::{BuildContext, BuildError, Kind, Request, no_window};
+use crate::registry::{BuildContext, BuildError, Built, Kind, Request, no_window};
 
 /// The kind's entry in the registry.
 pub const KIND: Kind = Kind { name: "rng", requests, map: no_window, build, syscalls: &[] };
@@ -23,7 +22,7 @@ fn requests(_config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
     vec![Request { id: "_rng".into(), index: 0, window: None }]
 }
 
-fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
+fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
     if let Some(saved) = ctx.saved {
         let other = |reason| BuildError::Other { device: ctx.request.id.clone(), reason };
         saved.read::<()>(KIND.name, STATE_VERSION).map_err(|e| other(e.to_string()))?;
@@ -34,5 +33,5 @@ fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
         path: path.clone(),
         source,
     })?;
-    Ok(Box::new(Rng::new(source)))
+    Ok(Built::new(Rng::new(source)))
 }

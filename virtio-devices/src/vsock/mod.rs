@@ -23,8 +23,7 @@ use vmm_config::{HostFacts, VmConfig};
 pub use device::{Vsock, VsockError};
 pub use socket::SocketError;
 
-use crate::device::Device;
-use crate::registry::{BuildContext, BuildError, Kind, Request, Syscall, no_window};
+use crate::registry::{BuildContext, BuildError, Built, Kind, Request, Syscall, no_window};
 
 /// The kind's entry in the registry.
 pub const KIND: Kind = Kind { name: "vsock", requests, map: no_window, build, syscalls: SYSCALLS };
@@ -41,7 +40,7 @@ fn requests(config: &VmConfig, _facts: &HostFacts) -> Vec<Request> {
     config.vsock.iter().map(request).collect()
 }
 
-fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
+fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
     let fail = |reason: String| BuildError::Other { device: ctx.request.id.clone(), reason };
     let config = ctx.config.vsock.as_ref().ok_or_else(|| fail("the configuration has no vsock section".into()))?;
     if let Some(saved) = ctx.saved {
@@ -49,7 +48,7 @@ fn build(ctx: BuildContext<'_>) -> Result<Box<dyn Device>, BuildError> {
     }
     let device =
         Vsock::new(config.cid, &config.socket, ctx.listener, ctx.saved.is_some()).map_err(|e| fail(e.to_string()))?;
-    Ok(Box::new(device))
+    Ok(Built::new(device))
 }
 
 const SYSCALLS: &[Syscall] = &[

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use thiserror::Error;
-use vmm_config::{CloneConfig, JsonError, RestoreConfig, SnapshotConfig, VmConfig};
+use vmm_config::{CloneConfig, GrantConfig, GrantName, JsonError, RestoreConfig, SnapshotConfig, VmConfig};
 
 /// Where all requests live.
 const PREFIX: &str = "/api/v1/";
@@ -42,6 +42,10 @@ pub enum Request {
     VmRestore(RestoreConfig),
     /// Make another process with a machine like the template's; only a zygote answers it.
     VmClone(CloneConfig),
+    /// Let the guest use a file or directory, which is named or comes along as a descriptor.
+    VmAddGrant(GrantConfig),
+    /// Take that back.
+    VmRemoveGrant(GrantName),
 }
 
 /// The kind of a [`Request`].
@@ -65,6 +69,8 @@ pub enum Action {
     VmWorkingSet,
     VmRestore,
     VmClone,
+    VmAddGrant,
+    VmRemoveGrant,
 }
 
 /// The two methods the protocol uses.
@@ -117,6 +123,8 @@ const ROUTES: &[Route] = &[
     route(Action::VmWorkingSet, Method::Put, "vm.working-set", "The working set could not be recorded"),
     route(Action::VmRestore, Method::Put, "vm.restore", "The VM could not be restored"),
     route(Action::VmClone, Method::Put, "vm.clone", "The VM could not be cloned"),
+    route(Action::VmAddGrant, Method::Put, "vm.add-grant", "The grant could not be added"),
+    route(Action::VmRemoveGrant, Method::Put, "vm.remove-grant", "The grant could not be removed"),
 ];
 
 /// Requests of Cloud Hypervisor's that are not supported yet.
@@ -212,6 +220,8 @@ impl Request {
             | Action::VmLiveSnapshot
             | Action::VmWorkingSet
             | Action::VmRestore
+            | Action::VmAddGrant
+            | Action::VmRemoveGrant
                 if body.is_empty() =>
             {
                 return Err(RequestError::NoBody);
@@ -231,6 +241,8 @@ impl Request {
             Action::VmRestore => Self::VmRestore(RestoreConfig::from_json(body)?),
             Action::VmClone if body.is_empty() => Self::VmClone(CloneConfig::default()),
             Action::VmClone => Self::VmClone(CloneConfig::from_json(body)?),
+            Action::VmAddGrant => Self::VmAddGrant(GrantConfig::from_json(body)?),
+            Action::VmRemoveGrant => Self::VmRemoveGrant(GrantName::from_json(body)?),
         })
     }
 
@@ -253,6 +265,8 @@ impl Request {
             Self::VmWorkingSet(_) => Action::VmWorkingSet,
             Self::VmRestore(_) => Action::VmRestore,
             Self::VmClone(_) => Action::VmClone,
+            Self::VmAddGrant(_) => Action::VmAddGrant,
+            Self::VmRemoveGrant(_) => Action::VmRemoveGrant,
         }
     }
 
@@ -268,6 +282,8 @@ impl Request {
             }
             Self::VmRestore(config) => json(config).map(Some),
             Self::VmClone(config) => json(config).map(Some),
+            Self::VmAddGrant(grant) => json(grant).map(Some),
+            Self::VmRemoveGrant(grant) => json(grant).map(Some),
             _ => Ok(None),
         }
     }
@@ -307,6 +323,8 @@ mod tests {
                 no_share: false,
             }),
             Request::VmClone(CloneConfig { fds: vec!["api".into()], ..CloneConfig::default() }),
+            Request::VmAddGrant(GrantConfig { path: Some("/p".into()), writable: true, ..GrantConfig::default() }),
+            Request::VmRemoveGrant(GrantName { id: "i".into(), name: "n".into() }),
         ]
     }
 

@@ -5,12 +5,14 @@ use std::fmt::Display;
 use std::path::Path;
 
 use crate::{
-    ConsoleConfig, ConsoleMode, DiskConfig, FIRST_GUEST_CID, GpuConfig, HostFacts, ImageType, PmemConfig, Problem,
-    ProblemKind, Unsupported, VmConfig,
+    ConsoleConfig, ConsoleMode, DiskConfig, FIRST_GUEST_CID, FsConfig, GpuConfig, HostFacts, ImageType, PmemConfig,
+    Problem, ProblemKind, Unsupported, VmConfig,
 };
 
 /// A serial number is at most this long (virtio 1.3, 5.2.6: `VIRTIO_BLK_ID_BYTES`).
 const DISK_SERIAL_BYTES: usize = 20;
+/// A file system's name is at most this long (virtio 1.3, 5.11.4).
+const FS_TAG_BYTES: usize = 36;
 /// The largest virtqueue (virtio 1.3, 2.7).
 const MAX_QUEUE_SIZE: u16 = 32768;
 /// The smallest useful graphics window: one 4K frame fits.
@@ -38,6 +40,9 @@ impl VmConfig {
         found.unsupported("rng", &self.rng.unsupported);
         for (index, gpu) in self.gpu.iter().enumerate() {
             check_gpu(&format!("gpu[{index}]"), gpu, &mut found);
+        }
+        for (index, fs) in self.fs.iter().enumerate() {
+            check_fs(&format!("fs[{index}]"), fs, &self.fs[..index], &mut found);
         }
         self.check_platform(&mut found);
         self.check_files(&mut found);
@@ -229,8 +234,9 @@ impl VmConfig {
         let pmem = self.pmem.iter().enumerate().map(|(i, pmem)| (format!("pmem[{i}].id"), &pmem.id));
         let vsock = self.vsock.iter().map(|vsock| ("vsock.id".to_owned(), &vsock.id));
         let gpu = self.gpu.iter().enumerate().map(|(i, gpu)| (format!("gpu[{i}].id"), &gpu.id));
+        let fs = self.fs.iter().enumerate().map(|(i, fs)| (format!("fs[{i}].id"), &fs.id));
         let mut seen: BTreeMap<&str, String> = BTreeMap::new();
-        for (field, id) in disks.chain(pmem).chain(vsock).chain(gpu) {
+        for (field, id) in disks.chain(pmem).chain(vsock).chain(gpu).chain(fs) {
             let Some(id) = id.as_deref() else { continue };
             if id.is_empty() || id.starts_with('_') {
                 found.value(
@@ -305,6 +311,30 @@ fn check_gpu(name: &str, gpu: &GpuConfig, found: &mut Found) {
         );
     }
     found.unsupported(name, &gpu.unsupported);
+}
+
+fn check_fs(name: &str, fs: &FsConfig, before: &[FsConfig], found: &mut Found) {
+    if fs.socket.is_some() {
+        found.add(
+            ProblemKind::NotSupported,
+            format!("{name}.socket"),
+            "a vhost-user process needs guest memory that it shares, and clones need memory of their own; leave socket \
+             out: the VMM serves the file system itself, and vm.add-grant puts files and directories into it",
+        );
+    }
+    let tag = fs.tag.as_str();
+    if tag.is_empty() || tag.len() > FS_TAG_BYTES || tag.contains('\0') {
+        found.value(
+            format!("{name}.tag"),
+            format!("\"{tag}\" cannot be used: a name has 1 to {FS_TAG_BYTES} bytes and no zero character"),
+        );
+    } else if before.iter().any(|other| other.tag == tag) {
+        found.conflict(
+            format!("{name}.tag"),
+            format!("\"{tag}\" is the name of another file system; give each its own"),
+        );
+    }
+    found.unsupported(name, &fs.unsupported);
 }
 
 fn is_empty(path: &Path) -> bool {

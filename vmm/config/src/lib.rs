@@ -15,6 +15,7 @@ mod check;
 mod console;
 mod cpus;
 mod disk;
+mod fs;
 mod gpu;
 mod json;
 pub mod keyvalue;
@@ -37,6 +38,7 @@ use serde::{Deserialize, Serialize};
 pub use console::{ConsoleConfig, ConsoleMode, SerialConfig};
 pub use cpus::CpusConfig;
 pub use disk::{DiskConfig, ImageType};
+pub use fs::{FsConfig, GrantConfig, GrantName};
 pub use gpu::{DEFAULT_GPU_WINDOW, GpuConfig, GpuMode};
 pub use json::JsonError;
 pub use keyvalue::{ParseError, parse_size};
@@ -84,6 +86,9 @@ pub struct VmConfig {
     /// Graphics devices.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub gpu: Vec<GpuConfig>,
+    /// File systems in which the guest sees what it was granted.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub fs: Vec<FsConfig>,
     /// Properties of the machine as a whole.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<PlatformConfig>,
@@ -102,7 +107,6 @@ impl Section for VmConfig {
         "balloon",
         "debug_console",
         "devices",
-        "fs",
         "gdb",
         "generic_vhost_user",
         "iommu",

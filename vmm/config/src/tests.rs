@@ -66,6 +66,7 @@ fn spectrums_json_is_understood_to_the_last_field() {
         console: ConsoleConfig::of(ConsoleMode::Pty),
         vsock: Some(VsockConfig { cid: 3, socket: "/run/vsock/x/vsock".into(), ..Default::default() }),
         gpu: vec![GpuConfig { socket: Some("/run/x/crosvm.sock".into()), ..Default::default() }],
+        fs: vec![FsConfig { tag: "host".into(), socket: Some("/run/x/virtiofsd.sock".into()), ..Default::default() }],
         landlock_enable: true,
         landlock_rules: vec![rule("/sys/devices"), rule("/dev/vfio")],
         unsupported: config.unsupported.clone(),
@@ -73,7 +74,7 @@ fn spectrums_json_is_understood_to_the_last_field() {
     };
     assert_eq!(config, expected);
     let fields: Vec<_> = config.check(&HOST).into_iter().map(|problem| (problem.kind, problem.field)).collect();
-    let expected = ["gpu[0].socket", "fs", "net"].map(|field| (ProblemKind::NotSupported, field.to_owned()));
+    let expected = ["gpu[0].socket", "fs[0].socket", "net"].map(|field| (ProblemKind::NotSupported, field.to_owned()));
     assert_eq!(fields, expected);
 }
 
@@ -332,4 +333,27 @@ proptest! {
             let _ = config.check(&HOST);
         }
     }
+}
+
+#[test]
+fn file_systems_have_names_of_their_own_and_no_socket() {
+    let fs = |text: &str| FsConfig::parse(text).unwrap();
+    assert_eq!(fs("tag=host"), FsConfig { tag: "host".into(), uid: 1000, gid: 1000, ..Default::default() });
+    let other = fs("tag=other,uid=5,gid=6,id=files");
+    assert_eq!((other.uid, other.gid, other.id.as_deref()), (5, 6, Some("files")));
+    assert!(FsConfig::parse("uid=5").unwrap_err().to_string().contains("tag is missing"));
+    let with = |all: &[FsConfig]| VmConfig { fs: all.to_vec(), ..bootable() };
+    assert_eq!(problems(&with(&[fs("tag=host"), other])), [""; 0]);
+    let cloud_hypervisors = fs("tag=host,socket=/run/fs.sock,num_queues=1,queue_size=1024");
+    assert_problem(&with(&[cloud_hypervisors]), ProblemKind::NotSupported, "fs[0].socket", "memory that it shares");
+    let long = "x".repeat(37);
+    for tag in ["", long.as_str(), "a\0b"] {
+        let fs = FsConfig { tag: tag.into(), ..Default::default() };
+        assert_problem(&with(&[fs]), ProblemKind::Value, "fs[0].tag", "36 bytes");
+    }
+    let twice = with(&[fs("tag=host"), fs("tag=host")]);
+    assert_problem(&twice, ProblemKind::Conflict, "fs[1].tag", "another file system");
+    let same = with(&[fs("tag=a,id=x"), fs("tag=b,id=x")]);
+    assert_problem(&same, ProblemKind::Conflict, "fs[1].id", "already the name");
+    assert!(GrantConfig::from_json(br#"{"id": "_fs0", "name": "a", "writeable": true}"#).is_err(), "misspelt");
 }

@@ -7,8 +7,9 @@ use std::sync::{Arc, PoisonError};
 
 use devices::irq::{Msi, MsiSink};
 use hypervisor::Vm;
+use passthrough::Grants;
 use virtio_devices::device::{Memory, WindowAddress};
-use virtio_devices::registry::{BuildContext, KINDS, Kind, Request, WindowContext, WindowMemory};
+use virtio_devices::registry::{BuildContext, Built, KINDS, Kind, Request, WindowContext, WindowMemory};
 use virtio_devices::transport::{BAR0_SIZE, Doorbells, PciTransport, Setup};
 use vm_memory::{GuestAddress, GuestMemoryAtomic};
 use vmm_sys_util::eventfd::EventFd;
@@ -74,6 +75,15 @@ pub fn msi_sink(vm: &Arc<dyn Vm>) -> Arc<dyn MsiSink> {
     Arc::new(ThroughKvm(vm.clone()))
 }
 
+/// The devices of a machine.
+#[derive(Default)]
+pub struct Devices {
+    /// Their PCI functions, in the order of the plan.
+    pub transports: Vec<Arc<PciTransport>>,
+    /// Where files and directories can be granted, by the identifier of the device.
+    pub grants: BTreeMap<String, Grants>,
+}
+
 /// Builds the planned devices and puts them into their PCI slots.
 pub fn build(
     from: &Ingredients<'_>,
@@ -81,22 +91,23 @@ pub fn build(
     vm: &Arc<dyn Vm>,
     mem: &GuestMemoryAtomic<Memory>,
     platform: &mut Platform,
-) -> Result<Vec<Arc<PciTransport>>, BuildError> {
+) -> Result<Devices, BuildError> {
     let through = Arc::new(ThroughKvm(vm.clone()));
-    let mut transports = Vec::new();
+    let mut devices = Devices::default();
     for (number, planned) in from.plan.devices.iter().enumerate() {
         let kind = kind_of(planned)?;
         let saved = saved_device(from, number);
         let address = planned.window.map(|w| WindowAddress { guest: GuestAddress(w.start), len: w.len });
         let console = from.console.map(|s| s.ends()).transpose();
         let listener = from.listeners.get(&planned.id).map(OwnedFd::try_clone).transpose();
-        let device = (kind.build)(BuildContext {
+        let Built { device, grants } = (kind.build)(BuildContext {
             config: from.config,
             request: &request_of(planned),
             window: address.zip(windows.remove(&number)),
             console: console.map_err(|source| BuildError::Host { what: "open the console", source })?,
             listener: listener.map_err(|source| BuildError::Host { what: "take over a device's socket", source })?,
             renderer: from.renderer,
+            grants: from.grants.get(&planned.id).cloned(),
             saved: saved.map(|saved| &saved.device),
         })?;
         let is_bar = planned.window.is_some_and(|w| w.kind == WindowKind::SharedMemory);
@@ -116,7 +127,8 @@ pub fn build(
             return Err(BuildError::Plan(format!("PCI slot {} is taken twice", planned.pci_slot)));
         }
         platform.mmio(planned.bar0, BAR0_SIZE, transport.clone())?;
-        transports.push(transport);
+        devices.transports.push(transport);
+        devices.grants.extend(grants.map(|grants| (planned.id.clone(), grants)));
     }
-    Ok(transports)
+    Ok(devices)
 }

@@ -13,11 +13,14 @@ use std::sync::Arc;
 use ::devices::platform::{VmGenId, VmGenIdError};
 use arch::layout::{VM_GENERATION_ID, port::GED_EVENT_VM_GENERATION};
 use hypervisor::{Hypervisor, Vcpu, Vm};
+use passthrough::Grants;
 use virtio_devices::device::Memory;
 use virtio_devices::gpu::RendererFactory;
 use virtio_devices::registry::{BuildError as DeviceError, Kind, WindowMemory};
 use vm_memory::{GuestAddress, GuestMemoryAtomic};
 use vmm_config::VmConfig;
+
+use devices::Devices;
 
 use crate::machine::Machine;
 use crate::memory::{self, MemoryError};
@@ -116,6 +119,8 @@ pub struct Ingredients<'a> {
     pub console: Option<&'a Stream>,
     /// Listening sockets that were handed down, by the identifier of their device.
     pub listeners: &'a BTreeMap<String, OwnedFd>,
+    /// What was granted through each device, by its identifier, when the machine was started before.
+    pub grants: &'a BTreeMap<String, Grants>,
     /// The engine of virtio-gpu.
     pub renderer: &'a dyn RendererFactory,
     /// System-call filters.
@@ -205,7 +210,7 @@ impl Chassis {
         let mut platform = platform::Platform::new(from, &vm)?;
         let mem = GuestMemoryAtomic::new(ram.clone());
         let mappings = windows.values().map(|window| window.mapping.clone()).collect();
-        let transports = devices::build(from, windows, &vm, &mem, &mut platform)?;
+        let Devices { transports, grants } = devices::build(from, windows, &vm, &mem, &mut platform)?;
         let (buses, parts) = platform.finish()?;
         if let Some(saved) = from.saved {
             parts.restore(saved.state);
@@ -217,7 +222,7 @@ impl Chassis {
         let vcpus = start.map_err(|source| BuildError::Host { what: "start a vCPU's thread", source })?;
         // Of what was touched here.
         ondemand.as_ref().map_or(Ok(()), OnDemand::check)?;
-        Ok(Machine { vcpus, transports, parts, vm, plan: from.plan.clone(), _windows: mappings, ondemand, ram })
+        Ok(Machine { vcpus, transports, parts, vm, plan: from.plan.clone(), _windows: mappings, grants, ondemand, ram })
     }
 }
 

@@ -162,7 +162,7 @@ impl Control {
 
     fn requests(&mut self) {
         let Some(mut server) = self.vmm.server.take() else { return };
-        let result = server.dispatch(&mut |request: Request, _fds: Vec<OwnedFd>| self.vmm.handle(request));
+        let result = server.dispatch(&mut |request: Request, fds: Vec<OwnedFd>| self.vmm.handle(request, fds));
         self.vmm.server = Some(server);
         if let Err(e) = result {
             log::error!("the API's socket failed: {e}");

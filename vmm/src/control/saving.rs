@@ -99,8 +99,9 @@ impl Vmm {
         if !share {
             config.own_copies();
         }
-        let listeners = BTreeMap::new();
-        self.created = Some(Created { config, serial: None, console: None, listeners, machine: None, paused: false });
+        let (listeners, grants) = (BTreeMap::new(), BTreeMap::new());
+        self.created =
+            Some(Created { config, serial: None, console: None, listeners, grants, machine: None, paused: false });
         self.generation += 1;
         self.chassis(&template.state.plan, Some(template.saved(share)))
     }

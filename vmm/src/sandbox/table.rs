@@ -204,6 +204,7 @@ pub(super) const CONTROL: &[Rule] = &[
     always(libc::SYS_sendmsg, "the API's clients"),
     always(libc::SYS_shutdown, "the API's clients"),
     always(libc::SYS_prlimit64, "size of the main thread's stack"),
+    always(libc::SYS_geteuid, "whose files a guest may use"),
     always(libc::SYS_sysinfo, "the host's memory"),
     when(libc::SYS_rt_sigaction, &[], "signals' handlers"),
     #[cfg(target_arch = "x86_64")]
