@@ -110,7 +110,7 @@ fn applications_are_clones_of_a_template_that_warms_itself() {
 
     assert_eq!(place.spectrum(&["template", "gc"]), "", "all of it is still good");
     place.spectrum(&["template", "rm", "default"]);
-    assert_eq!(place.zygotes(), [PathBuf::new(); 0]);
+    assert!(place.zygotes().is_empty());
     assert_eq!(fs::read_dir(place.home.path().join("warm")).unwrap().count(), 0);
     // It ends when it has answered.
     let deadline = Instant::now() + Duration::from_secs(30);
