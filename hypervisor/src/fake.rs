@@ -90,6 +90,11 @@ impl Vm for FakeVm {
         Ok(())
     }
 
+    fn dirty_log(&self, _: u32, _: u64) -> Result<Vec<u64>, Error> {
+        note(&self.log, |l| l.calls.push("dirty_log"));
+        Ok(Vec::new())
+    }
+
     fn create_interrupt_controller(&self, _: u32) -> Result<(), Error> {
         note(&self.log, |l| l.calls.push("create_interrupt_controller"));
         Ok(())

@@ -75,8 +75,8 @@ pub struct MemorySlot {
     pub len: u64,
     /// First host address.
     pub host: u64,
-    /// Writes by the guest become MMIO exits.
-    pub read_only: bool,
+    /// What vCPUs write to it is logged, for [`Vm::dirty_log`].
+    pub log_dirty: bool,
 }
 
 /// With what a vCPU starts.
@@ -124,6 +124,13 @@ pub trait Vm: Send + Sync {
     /// If the hypervisor refuses.
     #[expect(unsafe_code, reason = "the caller vouches for the mapping")]
     unsafe fn add_memory_slot(&self, slot: &MemorySlot) -> Result<(), Error>;
+
+    /// The pages of slot `slot`, which has `len` bytes, that vCPUs have written since the log began or was last taken
+    /// (KVM_GET_DIRTY_LOG): a bit for each, the lowest first.
+    ///
+    /// # Errors
+    /// If it is not logged.
+    fn dirty_log(&self, slot: u32, len: u64) -> Result<Vec<u64>, Error>;
 
     /// Makes the interrupt controllers that live in the hypervisor; on x86_64 the local APICs of the split irqchip.
     ///

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -19,8 +19,12 @@ fn counter(directory: &Path) {
 }
 
 fn counter_of(command: VmmCommand, directory: &Path) {
+    saved_at(command, "tick 00000010", directory);
+}
+
+fn saved_at(command: VmmCommand, text: &str, directory: &Path) {
     let mut vmm = command.api().spawn();
-    vmm.wait_for("tick 00000010");
+    vmm.wait_for(text);
     let mut client = vmm.client();
     client.send(&Request::VmPause).unwrap();
     let to = SnapshotConfig { destination_url: format!("file://{}", directory.display()) };
@@ -258,6 +262,62 @@ fn clones_can_have_the_working_set_beforehand() {
     let mut vmm = VmmCommand::tiny().api().spawn();
     let error = record(&mut vmm.client()).unwrap_err().to_string();
     assert!(error.contains("has its memory for itself"), "{error}");
+}
+
+/// A clone whose guest goes on writing is saved as it was at one moment: each of its pages counts the rounds, one page after
+/// the other.
+#[test]
+fn a_clone_is_saved_live_as_it_was_at_one_moment() {
+    const MIB: usize = 1 << 20;
+    let keep = tempfile::tempdir().unwrap();
+    let (directory, kernel) = (keep.path().join("snapshot"), keep.path().join("kernel"));
+    tiny::write_toucher(&kernel);
+    let toucher = VmmCommand::new().arg("--kernel", &kernel).arg("--memory", "size=256M").arg("--serial", "tty");
+    saved_at(toucher.arg("--console", "off"), ".:", &directory);
+    let (_zygote, mut client) = zygote::start(&directory);
+    let api = keep.path().join("clone-api");
+    let socket = OwnedFd::from(UnixListener::bind(&api).unwrap());
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    let config = CloneConfig { fds: vec!["api".into(), "serial".into()], ..CloneConfig::default() };
+    let info = client.clone_vm(config, &[socket.as_fd(), write.as_fd()]).unwrap();
+    drop(write);
+    let mut output = File::from(read);
+    let mut rounds = |count: usize| {
+        let mut seen = 0;
+        while seen < count {
+            let mut byte = [0];
+            output.read_exact(&mut byte).unwrap();
+            seen += usize::from(byte == *b":");
+        }
+    };
+    rounds(2);
+    let mut own = Client::connect(&api).unwrap();
+    for name in ["one", "two"] {
+        let live = keep.path().join(name);
+        let to = SnapshotConfig { destination_url: format!("file://{}", live.display()) };
+        own.send(&Request::VmLiveSnapshot(to)).unwrap();
+        // It goes on, and what it writes now is not in it.
+        rounds(3);
+        while !live.join("snapshot.json").exists() {
+            rounds(1);
+        }
+        let memory = std::fs::read(live.join("memory")).unwrap();
+        let count = |address: usize| {
+            let word: [u8; 4] = memory[address..address + 4].try_into().unwrap();
+            u32::from_le_bytes(word).wrapping_sub(u32::try_from(address).unwrap())
+        };
+        let counts: Vec<u32> = (2 * MIB..10 * MIB).step_by(4096).map(count).collect();
+        let steps = counts.windows(2).filter(|pair| pair[0] != pair[1]).count();
+        assert!(counts[0] >= 2 && steps <= 1 && counts[0] - counts[counts.len() - 1] <= 1, "{steps} steps: {counts:?}");
+        let rest = (10 * MIB..256 * MIB).step_by(4096).map(count);
+        assert!(rest.into_iter().all(|count| count == 0), "pages that were only read are as they were");
+        // What was saved goes on like any other.
+        let (_zygote, mut client) = zygote::start(&live);
+        let (pid, mut output) = clone(&mut client, CloneConfig::default());
+        output.read_until(b':', &mut Vec::new()).unwrap();
+        zygote::end(pid);
+    }
+    zygote::end(Pid::from_raw(i32::try_from(info.pid).unwrap()).unwrap());
 }
 
 /// Clones that wait are each somebody's once, and another takes the place of each.

@@ -19,7 +19,8 @@ use crate::pagemap::{Page, pages};
 
 /// Page size of all supported hosts' base pages, in bytes.
 pub const PAGE_SIZE: u64 = PAGE as u64;
-const PAGE: usize = 4096;
+/// The same, for lengths of slices.
+pub const PAGE: usize = 4096;
 
 /// How a file is mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,10 +13,10 @@ use passthrough::Grants;
 use virtio_devices::device::Memory;
 use virtio_devices::mapping::Mapping;
 use virtio_devices::transport::PciTransport;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::build::BuildError;
+use crate::memory;
 use crate::plan::Plan;
 use crate::snapshot::{MachineState, OnDemand, SavedDevice, SnapshotError};
 use crate::vcpu::Vcpus;
@@ -92,6 +92,11 @@ impl Machine {
         self.transports.iter().for_each(|t| t.pause());
     }
 
+    /// Stops the devices alone. What vCPUs want of them waits until [`Machine::resume`].
+    pub fn pause_devices(&self) {
+        self.transports.iter().for_each(|t| t.pause());
+    }
+
     /// No vCPU goes on in the guest, so that whoever waits for memory that is lost may stop waiting.
     fn release(&self) {
         self.ondemand.iter().for_each(OnDemand::rest);
@@ -129,7 +134,7 @@ impl Machine {
     /// Whether its memory is a private mapping of a snapshot's.
     #[must_use]
     pub(crate) fn shares_memory(&self) -> bool {
-        self.ram.iter().any(|region| region.file_offset().is_some() && region.flags() & libc::MAP_PRIVATE != 0)
+        memory::template(&self.ram).is_some()
     }
 
     /// Guest RAM.

@@ -1,5 +1,5 @@
 //! Guest RAM: private anonymous memory, a memfd that other processes may map, or a private mapping of a snapshot.
-#![expect(unsafe_code, reason = "memory slots are promised to KVM")]
+#![expect(unsafe_code, reason = "memory slots are promised to KVM; madvise")]
 
 use std::fs::File;
 use std::io;
@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use hypervisor::{MemorySlot, Vm};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{Advice, madvise};
 use virtio_devices::device::Memory;
 use virtio_devices::mapping::Mapping;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
@@ -112,22 +113,59 @@ fn memfd(bytes: u64) -> io::Result<File> {
     Ok(fd.into())
 }
 
-/// Shows RAM to the guest. The caller keeps `mem` until `vm` is gone.
+/// Shows RAM to the guest, or lets it be logged from now on, or no more, what vCPUs write to it. The caller keeps `mem` until
+/// `vm` is gone.
 ///
 /// # Errors
 /// If KVM refuses.
-pub fn add_ram(vm: &dyn Vm, ram: &[PlannedRam], mem: &Memory) -> Result<(), MemoryError> {
+pub fn set_ram(vm: &dyn Vm, ram: &[PlannedRam], mem: &Memory, log_dirty: bool) -> Result<(), MemoryError> {
     for (planned, region) in ram.iter().zip(mem.iter()) {
         let slot = MemorySlot {
             slot: planned.slot,
             guest: region.start_addr().0,
             len: region.len(),
             host: region.as_ptr() as u64,
-            read_only: false,
+            log_dirty,
         };
         // SAFETY: the region is a mapping owned by `mem`, which the machine drops after the VM; all accesses to guest
         // memory in this process go through vm-memory's volatile accessors.
         unsafe { vm.add_memory_slot(&slot) }?;
+    }
+    Ok(())
+}
+
+/// The file of which memory is a private mapping, if it is one.
+#[must_use]
+pub fn template(mem: &Memory) -> Option<Arc<File>> {
+    let mut files = mem.iter().map(|region| {
+        let private = region.flags() & libc::MAP_PRIVATE != 0;
+        region.file_offset().filter(|_| private).map(|offset| offset.arc().clone())
+    });
+    files.next().flatten()
+}
+
+/// Where byte `offset` of RAM, its ranges one after the other, is in the guest's physical memory.
+#[must_use]
+pub fn guest_address(ram: &[PlannedRam], mut offset: u64) -> Option<u64> {
+    for range in ram {
+        match offset.checked_sub(range.len) {
+            None => return range.start.checked_add(offset),
+            Some(rest) => offset = rest,
+        }
+    }
+    None
+}
+
+/// Leaves memory out of processes that are forked from this one, or not any more.
+///
+/// # Errors
+/// If the host refuses.
+pub fn keep_from_forks(mem: &Memory, keep: bool) -> io::Result<()> {
+    let advice = if keep { Advice::LinuxDontFork } else { Advice::LinuxDoFork };
+    for region in mem.iter() {
+        let len = usize::try_from(region.len()).map_err(io::Error::other)?;
+        // SAFETY: the range is `mem`'s, and no byte of it is changed. A child that has it not is one that does not use it.
+        unsafe { madvise(region.as_ptr().cast(), len, advice) }?;
     }
     Ok(())
 }
@@ -142,7 +180,7 @@ pub fn add_window(vm: &dyn Vm, window: PlannedWindow, mapping: &Mapping) -> Resu
         guest: window.start,
         len: window.len.min(mapping.len()),
         host: mapping.host_address(),
-        read_only: false,
+        log_dirty: false,
     };
     // SAFETY: the range is owned by `mapping`, which the machine drops after the VM, and nobody in this process reads
     // or writes it.

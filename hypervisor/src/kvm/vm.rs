@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_MEM_READONLY, kvm_clock_data, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_enable_cap, kvm_msi,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -29,13 +30,19 @@ impl Vm for KvmVm {
     unsafe fn add_memory_slot(&self, slot: &MemorySlot) -> Result<(), Error> {
         let region = kvm_userspace_memory_region {
             slot: slot.slot,
-            flags: if slot.read_only { KVM_MEM_READONLY } else { 0 },
+            flags: if slot.log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
             guest_phys_addr: slot.guest,
             memory_size: slot.len,
             userspace_addr: slot.host,
         };
         // SAFETY: the caller promises that the host range is a mapping that outlives the VM.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(operation("add guest memory"))
+    }
+
+    fn dirty_log(&self, slot: u32, len: u64) -> Result<Vec<u64>, Error> {
+        let bytes = usize::try_from(len).map_err(|e| std::io::Error::new(std::io::ErrorKind::InvalidInput, e));
+        let log = bytes.and_then(|bytes| Ok(self.fd.get_dirty_log(slot, bytes)?));
+        log.map_err(|source| Error::Operation { what: "tell what the guest has written", source })
     }
 
     fn create_interrupt_controller(&self, ioapic_pins: u32) -> Result<(), Error> {

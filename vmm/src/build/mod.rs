@@ -181,7 +181,7 @@ impl Chassis {
             }
             _ => None,
         };
-        memory::add_ram(vm.as_ref(), &plan.ram, &ram)?;
+        memory::set_ram(vm.as_ref(), &plan.ram, &ram, false)?;
         let windows = devices::map_windows(from, vm.as_ref())?;
         vm.create_interrupt_controller(arch::layout::gsi::IOAPIC_PINS)?;
         let vcpus = match from.saved {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_api::ForkInfo;
 use vmm_config::{CloneConfig, ConsoleConfig, MemoryRestoreMode, RestoreConfig, SnapshotConfig, VmConfig};
@@ -12,7 +12,9 @@ use vmm_config::{CloneConfig, ConsoleConfig, MemoryRestoreMode, RestoreConfig, S
 use super::writer::Writer;
 use super::{Created, Vmm, VmmError, no_machine};
 use crate::build::{Chassis, Saved, SavedMemory};
-use crate::snapshot::{Destination, Snapshot, SnapshotError, Source, Template, WorkingSet};
+use crate::machine::Machine;
+use crate::memory;
+use crate::snapshot::{Copies, Destination, Log, Snapshot, SnapshotError, Source, Template, WorkingSet};
 use crate::stream::Stream;
 
 impl Vmm {
@@ -161,21 +163,18 @@ impl Vmm {
             return Err(VmmError::State(why));
         }
         let destination = Destination::open(directory)?;
-        let start = Instant::now();
-        machine.pause();
-        let forked = machine.save().map_err(VmmError::from).and_then(|state| {
-            Writer::start(destination, |to| to.write(&created.config, &state, machine.ram()))
-                .map_err(|e| not_now(&format!("cannot fork: {e}")))
-        });
+        let (writer, paused) = match save_by_copies(&created.config, machine, destination) {
+            Ok(result) => result,
+            Err(destination) => save_by_fork(&created.config, machine, destination),
+        };
         let resumed = machine.resume();
-        let paused_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
         if let Some(created) = self.created.as_mut().filter(|_| resumed.is_err()) {
             created.paused = true;
         }
-        self.writer = Some(forked?);
+        self.writer = Some(writer?);
         self.event("vm", "snapshotting");
         resumed?;
-        Ok(ForkInfo { paused_us })
+        Ok(ForkInfo { paused_us: u64::try_from(paused.as_micros()).unwrap_or(u64::MAX) })
     }
 
     /// Keeps what the machine has touched of a snapshot's memory beside that snapshot.
@@ -215,4 +214,50 @@ fn written_by_guest(config: &VmConfig) -> Option<&Path> {
     let disks = config.disks.iter().filter(|disk| !disk.readonly).map(|disk| disk.path.as_path());
     let images = config.pmem.iter().filter(|pmem| !pmem.discard_writes).map(|pmem| pmem.file.as_path());
     disks.chain(images).next()
+}
+
+/// The writer of a live snapshot and how long the machine stood still; it may still do so.
+type Saving = (Result<Writer, VmmError>, Duration);
+
+/// The child has the memory as it was.
+fn save_by_fork(config: &VmConfig, machine: &Machine, destination: Destination) -> Saving {
+    let start = Instant::now();
+    machine.pause();
+    let forked = machine.save().map_err(VmmError::from).and_then(|state| {
+        Writer::start(destination, |to| to.write(config, &state, machine.ram())).map_err(|e| cannot_fork(&e))
+    });
+    // Whoever called lets it go on, too; here it does so as early as it can.
+    let _ = machine.resume();
+    (forked, start.elapsed())
+}
+
+/// The child gets copies of the pages that are not the template's any more: it stands still for those that change while
+/// they are made, whatever else it has mapped. Its devices rest for all of that. Where that is no way the destination comes
+/// back, and the machine runs, perhaps without its devices.
+fn save_by_copies(config: &VmConfig, machine: &Machine, destination: Destination) -> Result<Saving, Destination> {
+    let (ram, memory) = (machine.plan.ram.as_slice(), machine.ram());
+    if !machine.shares_memory() {
+        return Err(destination);
+    }
+    machine.pause_devices();
+    let Ok(log) = Log::begin(machine.vm.as_ref(), ram, memory) else { return Err(destination) };
+    let Ok(Some(mut copies)) = Copies::of(memory, ram) else { return Err(destination) };
+    let start = Instant::now();
+    machine.pause();
+    let state = copies.complete(memory, &log).and_then(|()| machine.save());
+    // As above.
+    let _ = machine.resume();
+    let paused = start.elapsed();
+    drop(log);
+    let writer = state.map_err(VmmError::from).and_then(|state| {
+        memory::keep_from_forks(memory, true).map_err(|e| cannot_fork(&e))?;
+        let writer = Writer::start(destination, |to| to.write(config, &state, &copies.memory(ram)?));
+        memory::keep_from_forks(memory, false).map_err(|e| cannot_fork(&e))?;
+        writer.map_err(|e| cannot_fork(&e))
+    });
+    Ok((writer, paused))
+}
+
+fn cannot_fork(why: &std::io::Error) -> VmmError {
+    VmmError::State(format!("cannot fork: {why}"))
 }

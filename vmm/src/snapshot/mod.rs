@@ -9,6 +9,7 @@
 //! ```
 //! Everything read from a snapshot is hostile: sizes are bounded, hashes compared, values checked by who takes them over.
 
+mod copies;
 mod destination;
 mod manifest;
 mod memory;
@@ -27,6 +28,7 @@ use std::sync::Arc;
 use arch::cpuid::{CpuidConfig, CpuidEntry, vcpu_cpuid};
 use vmm_config::{JsonError, VmConfig};
 
+pub use copies::{Copies, Log};
 pub use destination::Destination;
 use manifest::{FileSum, Manifest};
 pub use memory::MemoryFile;

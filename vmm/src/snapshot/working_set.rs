@@ -14,7 +14,7 @@ use std::path::Path;
 use rustix::mm::{Advice, madvise};
 use serde::{Deserialize, Serialize};
 use virtio_devices::device::Memory;
-use virtio_devices::mapping::PAGE_SIZE;
+use virtio_devices::mapping::{PAGE, PAGE_SIZE};
 use virtio_devices::pagemap::{Page, pages};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -59,6 +59,12 @@ impl WorkingSet {
             before += region.len();
         }
         Ok(Self { read, written })
+    }
+
+    /// The offsets of the pages that were written.
+    pub(super) fn written_pages(&self) -> impl Iterator<Item = u64> {
+        let pages = |(start, len): &(u64, u64)| (*start..start.saturating_add(*len)).step_by(PAGE);
+        self.written.iter().flat_map(pages)
     }
 
     /// Keeps it beside the snapshot in `directory`, instead of another one.
