@@ -8,8 +8,9 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
-use tests::{VmmCommand, tiny, zygote};
+use tests::{Vmm, VmmCommand, tiny, zygote};
 use vmm_api::{Client, Request};
 use vmm_config::{CloneConfig, SnapshotConfig};
 
@@ -19,12 +20,12 @@ fn counter(directory: &Path) {
 }
 
 fn counter_of(command: VmmCommand, directory: &Path) {
-    saved_at(command, "tick 00000010", directory);
+    let mut vmm = command.api().spawn();
+    vmm.wait_for("tick 00000010");
+    save(&mut vmm, directory);
 }
 
-fn saved_at(command: VmmCommand, text: &str, directory: &Path) {
-    let mut vmm = command.api().spawn();
-    vmm.wait_for(text);
+fn save(vmm: &mut Vmm, directory: &Path) {
     let mut client = vmm.client();
     client.send(&Request::VmPause).unwrap();
     let to = SnapshotConfig { destination_url: format!("file://{}", directory.display()) };
@@ -272,8 +273,14 @@ fn a_clone_is_saved_live_as_it_was_at_one_moment() {
     let keep = tempfile::tempdir().unwrap();
     let (directory, kernel) = (keep.path().join("snapshot"), keep.path().join("kernel"));
     tiny::write_toucher(&kernel);
-    let toucher = VmmCommand::new().arg("--kernel", &kernel).arg("--memory", "size=256M").arg("--serial", "tty");
-    saved_at(toucher.arg("--console", "off"), ".:", &directory);
+    // Its output has no lines.
+    let pipe = keep.path().join("serial");
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let toucher = VmmCommand::new().arg("--kernel", &kernel).arg("--memory", "size=256M").arg("--console", "off");
+    let mut vmm = toucher.arg("--serial", format!("file={}", pipe.display())).api().spawn();
+    File::open(&pipe).unwrap().read_exact(&mut [0]).unwrap();
+    save(&mut vmm, &directory);
+    drop(vmm);
     let (_zygote, mut client) = zygote::start(&directory);
     let api = keep.path().join("clone-api");
     let socket = OwnedFd::from(UnixListener::bind(&api).unwrap());

@@ -224,7 +224,7 @@ fn save_by_fork(config: &VmConfig, machine: &Machine, destination: Destination) 
     let start = Instant::now();
     machine.pause();
     let forked = machine.save().map_err(VmmError::from).and_then(|state| {
-        Writer::start(destination, |to| to.write(config, &state, machine.ram())).map_err(|e| cannot_fork(&e))
+        Writer::start(destination, None, |to| to.write(config, &state, machine.ram())).map_err(|e| cannot_fork(&e))
     });
     // Whoever called lets it go on, too; here it does so as early as it can.
     let _ = machine.resume();
@@ -251,7 +251,8 @@ fn save_by_copies(config: &VmConfig, machine: &Machine, destination: Destination
     drop(log);
     let writer = state.map_err(VmmError::from).and_then(|state| {
         memory::keep_from_forks(memory, true).map_err(|e| cannot_fork(&e))?;
-        let writer = Writer::start(destination, |to| to.write(config, &state, &copies.memory(ram)?));
+        let writer =
+            Writer::start(destination, Some(copies.template()), |to| to.write(config, &state, &copies.memory(ram)?));
         memory::keep_from_forks(memory, false).map_err(|e| cannot_fork(&e))?;
         writer.map_err(|e| cannot_fork(&e))
     });

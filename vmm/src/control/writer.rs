@@ -20,11 +20,16 @@ pub(super) struct Writer {
 
 impl Writer {
     /// Forks this process; the child does `write` and nothing else. All other threads that hold locks must rest: `write`
-    /// takes none but the allocator's.
-    pub fn start(to: Destination, write: impl FnOnce(Destination) -> Result<(), SnapshotError>) -> io::Result<Self> {
+    /// takes none but the allocator's. It has no descriptors but the destination's and `keep`.
+    pub fn start(
+        to: Destination,
+        keep: Option<BorrowedFd<'_>>,
+        write: impl FnOnce(Destination) -> Result<(), SnapshotError>,
+    ) -> io::Result<Self> {
         let (says, mut tell) = io::pipe()?;
         let pid = process::fork(|| {
-            if process::forget_signals().and_then(|()| process::close_all_but(&[tell.as_fd(), to.as_fd()])).is_err() {
+            let kept: Vec<_> = [tell.as_fd(), to.as_fd()].into_iter().chain(keep).collect();
+            if process::forget_signals().and_then(|()| process::close_all_but(&kept)).is_err() {
                 return 1;
             }
             let sentence = write(to).err().map_or_else(String::new, |e| e.to_string());

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use hypervisor::Vm;
@@ -113,6 +114,12 @@ impl Copies {
         }
         let page = self.bytes.get_mut(start..end).unwrap_or_default();
         memory.read_slice(page, GuestAddress(address)).map_err(io::Error::other)
+    }
+
+    /// The template's memory, which [`Copies::memory`] maps.
+    #[must_use]
+    pub fn template(&self) -> BorrowedFd<'_> {
+        self.template.as_fd()
     }
 
     /// The memory as it was.
