@@ -1,0 +1,93 @@
+//! `spectrum apps` and `spectrum app`: files of apps and the entries of the desktop's menu.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, Output},
+};
+
+/// A user with a home, on a system with a folder of shared data.
+struct Desk {
+    folder: tempfile::TempDir,
+}
+
+impl Desk {
+    fn new() -> Self {
+        Self { folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, text).unwrap();
+        path
+    }
+
+    fn spectrum(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_spectrum"));
+        command.args(arguments).env_clear().env("HOME", self.path("home")).env("XDG_DATA_DIRS", self.path("share"));
+        command.output().unwrap()
+    }
+
+    /// What it prints when all is well.
+    fn prints(&self, arguments: &[&str]) -> String {
+        let output = self.spectrum(arguments);
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What it says when something is wrong.
+    fn refuses(&self, arguments: &[&str]) -> String {
+        let output = self.spectrum(arguments);
+        assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(125), &b""[..]), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    }
+}
+
+#[test]
+fn the_list() {
+    let desk = Desk::new();
+    assert_eq!(desk.prints(&["apps"]), "APP  TEMPLATE  COMMAND  FILE\n");
+    let user =
+        desk.write("home/.config/spectrum/apps/foot.toml", "template = \"desk\"\ncommand = [\"foot\", \"-m\"]\n");
+    desk.write("share/spectrum/apps/foot.toml", "this would be an error");
+    let gimp = desk.write("share/spectrum/apps/gimp.toml", "");
+    let broken = desk.write("share/spectrum/apps/x.toml", "cpus = 0");
+    let table = desk.prints(&["apps"]);
+    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[1], ["foot", "desk", "foot", "-m", user.to_str().unwrap()]);
+    assert_eq!(lines[2], ["gimp", "-", "gimp", gimp.to_str().unwrap()]);
+    assert_eq!(lines[3][..4], ["x", "-", "damaged:", &format!("{}:1:8:", broken.display())]);
+    let json: serde_json::Value = serde_json::from_str(&desk.prints(&["apps", "--json"])).unwrap();
+    assert_eq!((json[0]["name"].as_str(), json[0]["app"]["network"].as_str()), (Some("foot"), Some("none")));
+    assert!(json[2]["error"].as_str().unwrap().contains(":1:8: "), "{json}");
+}
+
+#[test]
+fn from_the_desktops_menu_and_back() {
+    let desk = Desk::new();
+    let text = "[Desktop Entry]\nType=Application\nName=Gedit\nIcon=gedit\nExec=gedit %U\n";
+    let source = desk.write("org.gnome.gedit.desktop", text);
+    let source = source.to_str().unwrap();
+    let (app, entry) = (
+        desk.path("home/.config/spectrum/apps/org.gnome.gedit.toml"),
+        desk.path("home/.local/share/applications/spectrum-org.gnome.gedit.desktop"),
+    );
+    let both = format!("{}\n{}\n", app.display(), entry.display());
+    assert_eq!(desk.prints(&["app", "add", source]), both);
+    let listed = desk.prints(&["apps"]);
+    assert!(listed.lines().nth(1).unwrap().starts_with("org.gnome.gedit  -         gedit "), "{listed}");
+    let menu = fs::read_to_string(&entry).unwrap();
+    assert!(menu.contains("\nExec=spectrum run org.gnome.gedit\n") && menu.contains("\nIcon=gedit\n"), "{menu}");
+    let before = (fs::read(&app).unwrap(), menu);
+    assert!(desk.refuses(&["app", "add", source]).contains("is there already: nothing was changed"));
+    assert_eq!(before, (fs::read(&app).unwrap(), fs::read_to_string(&entry).unwrap()));
+    desk.prints(&["app", "rm", "org.gnome.gedit"]);
+    assert!(!app.exists() && !entry.exists());
+    assert!(desk.refuses(&["app", "rm", "org.gnome.gedit"]).contains("there is no app \"org.gnome.gedit\""));
+    assert!(desk.refuses(&["app", "add", "/no/x.desktop"]).contains("there is no file /no/x.desktop"));
+}
