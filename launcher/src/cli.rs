@@ -35,6 +35,43 @@ pub enum Command {
     /// Add and remove apps
     #[command(subcommand)]
     App(AppCommand),
+    /// Check the policy, and ask it
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Say what is missing on this machine and what mends it
+    ///
+    /// The exit status is 1 if applications cannot run.
+    Doctor {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print what makes a shell complete the command line
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
+}
+
+/// Commands about the policy.
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Read a policy and say whether it can be used
+    Check {
+        /// The file [default: the one that counts]
+        file: Option<PathBuf>,
+    },
+    /// Print what the policy says to a request, and the line that says so
+    Eval {
+        /// What is asked for: files, clipboard, open-url, notify, network, sound, microphone, camera, exec
+        service: String,
+        /// The app that asks
+        app: String,
+        /// What for: a path, a URL, a host and port, another app
+        target: String,
+    },
 }
 
 /// Commands about one app.

@@ -4,8 +4,10 @@
 
 mod apps;
 mod cli;
+mod doctor;
 mod home;
 mod places;
+mod policy;
 mod progress;
 mod run;
 mod template;
@@ -16,12 +18,15 @@ use std::{
     process::ExitCode,
 };
 
-use clap::Parser;
-use cli::{AppCommand, Cli, Command, TemplateCommand};
+use clap::{CommandFactory, Parser};
+use cli::{AppCommand, Cli, Command, PolicyCommand, TemplateCommand};
 use places::Places;
 
 /// Exit status for failures of the launcher itself, so that they differ from the application's.
 const FAILURE: u8 = 125;
+
+/// Exit status of a command that found something to mend.
+const NOT_READY: u8 = 1;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -50,13 +55,29 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
         Command::Apps { json } => print(&apps::list(&Places::find()?, json)?)?,
         Command::App(AppCommand::Add { file }) => print_paths(&apps::menu::add(&Places::find()?, &file)?)?,
         Command::App(AppCommand::Rm { name }) => print_paths(&apps::menu::remove(&Places::find()?, &name)?)?,
+        Command::Policy(command) => policy(command)?,
+        Command::Doctor { json } => {
+            let (report, ready) = doctor::examine(&home::Home::find()?, json);
+            print(&report)?;
+            return Ok(if ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_READY) });
+        }
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "spectrum", &mut script);
+            print_bytes(&script)?;
+        }
+        Command::Man => print_bytes(&manual()?)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Prints a result. A reader that has read enough is no mistake.
 fn print(text: &str) -> io::Result<()> {
-    match io::stdout().write_all(text.as_bytes()) {
+    print_bytes(text.as_bytes())
+}
+
+fn print_bytes(bytes: &[u8]) -> io::Result<()> {
+    match io::stdout().write_all(bytes) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result,
     }
@@ -79,6 +100,53 @@ fn template(command: TemplateCommand) -> Result<(), Box<dyn std::error::Error>> 
             template::remove(&home, &name)?;
             run::cool(&home, &name)?;
         }
+    }
+    Ok(())
+}
+
+fn policy(command: PolicyCommand) -> Result<(), Box<dyn std::error::Error>> {
+    let places = Places::find()?;
+    match command {
+        PolicyCommand::Check { file } => {
+            let policy = match file {
+                Some(file) => policy::Policy::load_file(&file)?,
+                None => policy::Policy::load(&places)?,
+            };
+            print(&policy.summary())?;
+        }
+        PolicyCommand::Eval { service, app, target } => {
+            let decision = policy::Policy::load(&places)?.decide(service.parse()?, &app, &target);
+            print(&format!("{}\t{}\n", decision.action, decision.because))?;
+        }
+    }
+    Ok(())
+}
+
+/// One page: the program, then the options of each command in a section of its own.
+fn manual() -> io::Result<Vec<u8>> {
+    let mut command = Cli::command();
+    command.build();
+    let mut page = Vec::new();
+    let man = clap_mangen::Man::new(command.clone());
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_options_section(&mut page)?;
+    commands(&command, &mut page)?;
+    Ok(page)
+}
+
+fn commands(command: &clap::Command, page: &mut Vec<u8>) -> io::Result<()> {
+    for command in command.get_subcommands().filter(|command| command.get_name() != "help") {
+        let name = command.get_bin_name().unwrap_or(command.get_name());
+        writeln!(page, ".SH \"{}\"", name.to_uppercase().replace('-', "\\-"))?;
+        let man = clap_mangen::Man::new(command.clone());
+        let mut text = Vec::new();
+        man.render_description_section(&mut text)?;
+        man.render_options_section(&mut text)?;
+        // The sections become parts of this command's.
+        page.extend(String::from_utf8_lossy(&text).replace(".SH ", ".SS ").into_bytes());
+        commands(command, page)?;
     }
     Ok(())
 }

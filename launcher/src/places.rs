@@ -55,6 +55,11 @@ impl Places {
         self.user.iter().chain(&self.system).map(|path| path.join("apps"))
     }
 
+    /// The policies there may be, the one that counts first.
+    pub fn policies(&self) -> impl Iterator<Item = PathBuf> {
+        self.user.iter().chain(self.system.first()).map(|path| path.join("policy"))
+    }
+
     /// The folder of the user's menu entries.
     pub fn menu(&self) -> Result<PathBuf, HomeError> {
         self.menu.clone().ok_or(HomeError::NoUser)

@@ -340,4 +340,17 @@ mod tests {
         let harmless = "network = \"none\"\nclipboard = \"allow\"\nsound = false\nshares = []\ngpu = \"cross-domain\"";
         assert_eq!(parse(harmless).unwrap().not_yet(), None);
     }
+
+    #[test]
+    fn the_documentation_shows_every_key_and_can_be_used() {
+        let text = include_str!("../../../docs/launcher.md");
+        let example = text.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+        let app = parse(example).unwrap();
+        assert_eq!((app.command.len(), &app.memory, app.not_yet()), (2, &Some(Size("2G".into())), None));
+        let said =
+            |key: &&str| example.lines().any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} =")));
+        assert!(KEYS.iter().all(said), "{example}");
+        // What it shows in comments is right, too.
+        assert!(parse("shares = [{ path = \"~/Documents\", write = false }]\npersist = \"web\"").is_ok());
+    }
 }

@@ -6,7 +6,7 @@
 
 mod folder;
 mod identity;
-mod options;
+pub mod options;
 mod relay;
 mod signals;
 mod tail;

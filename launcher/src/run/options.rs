@@ -145,7 +145,7 @@ pub fn find_vmm(named: Option<&Path>) -> Result<PathBuf, OptionsError> {
 }
 
 /// The socket as libwayland finds it: an absolute name, or one below the runtime folder.
-fn wayland_socket(named: Option<&Path>) -> Result<PathBuf, OptionsError> {
+pub fn wayland_socket(named: Option<&Path>) -> Result<PathBuf, OptionsError> {
     let variable = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let path = match (named, variable("WAYLAND_DISPLAY"), variable("XDG_RUNTIME_DIR")) {
         (Some(path), _, _) => path.to_owned(),
