@@ -46,6 +46,23 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Record the templates and apps there are
+    Lock {
+        /// The file that is written
+        #[arg(default_value = "spectrum.lock")]
+        file: PathBuf,
+    },
+    /// Make the apps that were recorded, and say what else differs
+    ///
+    /// The exit status is 1 if something does.
+    Apply {
+        /// Change nothing
+        #[arg(long)]
+        check: bool,
+        /// The file that `spectrum lock` wrote
+        #[arg(default_value = "spectrum.lock")]
+        file: PathBuf,
+    },
     /// Print what makes a shell complete the command line
     Completions {
         /// Which shell

@@ -6,6 +6,7 @@ mod apps;
 mod cli;
 mod doctor;
 mod home;
+mod lock;
 mod places;
 mod policy;
 mod progress;
@@ -60,6 +61,12 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
             let (report, ready) = doctor::examine(&home::Home::find()?, json);
             print(&report)?;
             return Ok(if ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_READY) });
+        }
+        Command::Lock { file } => lock::lock(&home::Home::find()?, &Places::find()?, &file)?,
+        Command::Apply { check, file } => {
+            let differs = lock::apply(&home::Home::find()?, &Places::find()?, &file, check)?;
+            print(&differs.iter().map(|line| format!("{line}\n")).collect::<String>())?;
+            return Ok(if differs.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(NOT_READY) });
         }
         Command::Completions { shell } => {
             let mut script = Vec::new();

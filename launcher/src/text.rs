@@ -101,6 +101,19 @@ pub fn read(path: &Path) -> Result<Option<String>, TextError> {
 
 /// Writes a file that is not there yet, with its folder. It is there whole or not at all, also after a power cut.
 pub fn write_new(path: &Path, text: &str) -> Result<(), TextError> {
+    write(path, text, |file| file.persist_noclobber(path).map_err(|error| error.error))
+}
+
+/// Writes a file or replaces it. There is the old one or the new one, also after a power cut.
+pub fn replace(path: &Path, text: &str) -> Result<(), TextError> {
+    write(path, text, |file| file.persist(path).map_err(|error| error.error))
+}
+
+fn write(
+    path: &Path,
+    text: &str,
+    put_in_place: impl FnOnce(tempfile::NamedTempFile) -> io::Result<File>,
+) -> Result<(), TextError> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let written = || {
         std::fs::create_dir_all(folder)?;
@@ -108,7 +121,7 @@ pub fn write_new(path: &Path, text: &str) -> Result<(), TextError> {
         let mut file = tempfile::Builder::new().prefix(".new-").permissions(permissions).tempfile_in(folder)?;
         file.write_all(text.as_bytes())?;
         file.as_file().sync_all()?;
-        file.persist_noclobber(path).map_err(|error| error.error)?;
+        put_in_place(file)?;
         File::open(folder)?.sync_all()
     };
     written().map_err(TextError::file(path))
@@ -161,6 +174,8 @@ mod tests {
         let TextError::File { source, .. } = write_new(&path, "two").unwrap_err() else { panic!() };
         assert_eq!(source.kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(fs::read_to_string(&path).unwrap(), "one");
+        replace(&path, "three").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "three");
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no temporary file is left");
     }
 

@@ -91,3 +91,52 @@ fn from_the_desktops_menu_and_back() {
     assert!(desk.refuses(&["app", "rm", "org.gnome.gedit"]).contains("there is no app \"org.gnome.gedit\""));
     assert!(desk.refuses(&["app", "add", "/no/x.desktop"]).contains("there is no file /no/x.desktop"));
 }
+
+#[test]
+fn a_set_up_is_recorded_and_made_again_elsewhere() {
+    let (here, there) = (Desk::new(), Desk::new());
+    here.write("home/.config/spectrum/apps/web.toml", "# mine\nmemory = \"2G\"\n");
+    here.write("share/spectrum/apps/foot.toml", "cpus = 2\n");
+    let manifest = r#"{"version":1,"suite":"trixie","kernel":"6.12","packages":{},"files":{}}"#;
+    here.write("home/.local/share/spectrum/templates/desk/template.json", manifest);
+    let lock = here.path("spectrum.lock");
+    let lock = lock.to_str().unwrap();
+    here.prints(&["lock", lock]);
+    here.prints(&["apply", "--check", lock]);
+    let differs = |desk: &Desk, arguments: &[&str]| {
+        let output = desk.spectrum(arguments);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let missing = "template desk is missing: make it with `spectrum template build desk --suite trixie` and the packages it had\n";
+    let told = differs(&there, &["apply", "--check", lock]);
+    assert_eq!(told, format!("{missing}app foot is missing\napp web is missing\n"));
+    let web = there.path("home/.config/spectrum/apps/web.toml");
+    assert!(!web.exists(), "checking makes nothing");
+    assert_eq!(differs(&there, &["apply", lock]), missing);
+    assert_eq!(fs::read_to_string(&web).unwrap(), "# mine\nmemory = \"2G\"\n");
+    there.write("home/.local/share/spectrum/templates/desk/template.json", manifest);
+    there.prints(&["apply", "--check", lock]);
+    // What is changed by hand is told and stays.
+    there.write("home/.local/share/spectrum/templates/desk/template.json", &manifest.replace("6.12", "6.13"));
+    fs::write(&web, "memory = \"3G\"\n").unwrap();
+    there.write("share/spectrum/apps/more.toml", "");
+    let told = differs(&there, &["apply", lock]);
+    for text in ["template desk is another one", "app web is another one", "app more is not in the lock"] {
+        assert!(told.contains(text), "{told}");
+    }
+    assert_eq!((told.lines().count(), fs::read_to_string(&web).unwrap().as_str()), (3, "memory = \"3G\"\n"));
+    // A lock that is damaged makes nothing.
+    let text = fs::read_to_string(lock).unwrap();
+    for (from, to, expected) in [
+        ("cpus = 2", "cpus = 3", "app \"foot\" is not what"),
+        ("[apps.foot]", "[apps.\"../foot\"]", "app \"../foot\" is not what"),
+        ("suite = \"trixie\"", "suite = \"a; b\"", "template \"desk\" is not what"),
+        ("version = 1", "version = 2", "has version 2 of its format"),
+        ("version = 1", "version = ", ":1:"),
+    ] {
+        assert!(text.contains(from), "{text}");
+        fs::write(lock, text.replace(from, to)).unwrap();
+        assert!(there.refuses(&["apply", lock]).contains(expected), "{to}");
+    }
+}

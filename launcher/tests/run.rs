@@ -380,7 +380,7 @@ fn an_app_that_asks_for_what_there_is_not_is_not_started() {
     ];
     for (text, expected) in table {
         fs::write(&file, text).unwrap();
-        let mut command = fixture.launcher(&["run", "--no-wayland", "web"]);
+        let mut command = fixture.launcher(&["run", "--no-wayland", "--vmm", "/no/vmm", "web"]);
         let (message, status) = mistake(command.env("XDG_DATA_DIRS", fixture.path("share")));
         assert!(message.starts_with(&format!("spectrum: {}", file.display())), "{message}");
         assert!(message.contains(expected), "{message}");
