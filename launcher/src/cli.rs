@@ -8,6 +8,9 @@ use clap::{Args, Parser, Subcommand};
 #[derive(Debug, Parser)]
 #[command(name = "spectrum", version, max_term_width = 110)]
 pub struct Cli {
+    /// Say only what went wrong
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -23,6 +26,84 @@ pub enum Command {
     /// Make, list and remove templates
     #[command(subcommand)]
     Template(TemplateCommand),
+    /// List the apps
+    Apps {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Add and remove apps
+    #[command(subcommand)]
+    App(AppCommand),
+    /// Check the policy, and ask it
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Say what is missing on this machine and what mends it
+    ///
+    /// The exit status is 1 if applications cannot run.
+    Doctor {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Record the templates and apps there are
+    Lock {
+        /// The file that is written
+        #[arg(default_value = "spectrum.lock")]
+        file: PathBuf,
+    },
+    /// Make the apps that were recorded, and say what else differs
+    ///
+    /// The exit status is 1 if something does.
+    Apply {
+        /// Change nothing
+        #[arg(long)]
+        check: bool,
+        /// The file that `spectrum lock` wrote
+        #[arg(default_value = "spectrum.lock")]
+        file: PathBuf,
+    },
+    /// Print what makes a shell complete the command line
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
+}
+
+/// Commands about the policy.
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Read a policy and say whether it can be used
+    Check {
+        /// The file [default: the one that counts]
+        file: Option<PathBuf>,
+    },
+    /// Print what the policy says to a request, and the line that says so
+    Eval {
+        /// What is asked for: files, clipboard, open-url, notify, network, sound, microphone, camera, exec
+        service: String,
+        /// The app that asks
+        app: String,
+        /// What for: a path, a URL, a host and port, another app
+        target: String,
+    },
+}
+
+/// Commands about one app.
+#[derive(Debug, Subcommand)]
+pub enum AppCommand {
+    /// Make an app and an entry in the desktop's menu from a .desktop file
+    Add {
+        /// The .desktop file
+        file: PathBuf,
+    },
+    /// Remove an app and its entry in the desktop's menu
+    Rm {
+        /// Which one
+        name: String,
+    },
 }
 
 /// Commands about templates.
@@ -117,7 +198,7 @@ pub struct WarmOptions {
 /// What `run` takes.
 #[derive(Debug, Args)]
 pub struct RunOptions {
-    /// Template to run it from [default: "default", or the only one there is]
+    /// Template to run it from [default: the app's, else "default", or the only one there is]
     #[arg(long, env = "SPECTRUM_TEMPLATE", value_name = "NAME")]
     pub template: Option<String>,
     /// The VMM [default: spectrum-vmm next to this program or in PATH]
@@ -126,12 +207,12 @@ pub struct RunOptions {
     /// A further argument for the VMM; may be repeated
     #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
     pub vmm_arg: Vec<OsString>,
-    /// Memory of the VM
-    #[arg(long, default_value = "512M", value_name = "SIZE")]
-    pub memory: String,
-    /// Virtual CPUs
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..), value_name = "NUMBER")]
-    pub cpus: u8,
+    /// Memory of the VM [default: the app's, else 512M]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
+    /// Virtual CPUs [default: the app's, else 1]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..), value_name = "NUMBER")]
+    pub cpus: Option<u8>,
     /// Socket of the Wayland compositor [default: the session's]
     #[arg(long, value_name = "SOCKET", conflicts_with = "no_wayland")]
     pub wayland: Option<PathBuf>,
@@ -153,13 +234,10 @@ pub struct RunOptions {
     /// Boot the VM instead of cloning the warm template
     #[arg(long, env = "SPECTRUM_BOOT")]
     pub boot: bool,
-    /// Say nothing about how the VM is started
-    #[arg(long, short)]
-    pub quiet: bool,
     /// Show the VMM's messages and the VM's console on standard error
     #[arg(long)]
     pub debug: bool,
-    /// The application and its arguments
+    /// An app or a program in the VM, and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "APP")]
     pub command: Vec<String>,
 }

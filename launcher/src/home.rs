@@ -8,12 +8,29 @@ pub enum HomeError {
     /// Nothing in the environment says where.
     #[error("no place for templates: set SPECTRUM_HOME, XDG_DATA_HOME or HOME")]
     Nowhere,
+    /// The user has no place for configuration.
+    #[error("no place for this user's configuration: set HOME")]
+    NoUser,
     /// A relative path would mean another place in each folder.
     #[error("{0} is {1:?}, but must be an absolute path")]
     Relative(&'static str, PathBuf),
     /// The name cannot be that of a template.
     #[error("{0:?} cannot be a template's name: use letters, digits, '-', '_' and '.', at most 64, not '.' first")]
     Name(String),
+}
+
+/// Whether templates and apps may be called this: it is the name of a file in the folder it is looked for in.
+pub fn is_name(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    (1..=64).contains(&name.len()) && !name.starts_with('.') && name.chars().all(allowed)
+}
+
+/// The folder that an environment variable names, if it is set and not empty.
+pub fn folder_variable(name: &'static str) -> Result<Option<PathBuf>, HomeError> {
+    match env::var_os(name).filter(|value| !value.is_empty()) {
+        Some(value) if PathBuf::from(&value).is_relative() => Err(HomeError::Relative(name, value.into())),
+        value => Ok(value.map(PathBuf::from)),
+    }
 }
 
 /// The folder everything is kept in: `$SPECTRUM_HOME`, else `$XDG_DATA_HOME/spectrum`, else `~/.local/share/spectrum`.
@@ -23,17 +40,13 @@ pub struct Home(PathBuf);
 impl Home {
     /// Finds it from the environment. Nothing is created.
     pub fn find() -> Result<Self, HomeError> {
-        let variable = |name: &'static str| match env::var_os(name).filter(|value| !value.is_empty()) {
-            Some(value) if PathBuf::from(&value).is_relative() => Err(HomeError::Relative(name, value.into())),
-            value => Ok(value.map(PathBuf::from)),
-        };
-        if let Some(path) = variable("SPECTRUM_HOME")? {
+        if let Some(path) = folder_variable("SPECTRUM_HOME")? {
             return Ok(Self(path));
         }
-        if let Some(path) = variable("XDG_DATA_HOME")? {
+        if let Some(path) = folder_variable("XDG_DATA_HOME")? {
             return Ok(Self(path.join("spectrum")));
         }
-        let home = variable("HOME")?.ok_or(HomeError::Nowhere)?;
+        let home = folder_variable("HOME")?.ok_or(HomeError::Nowhere)?;
         Ok(Self(home.join(".local/share/spectrum")))
     }
 
@@ -43,6 +56,11 @@ impl Home {
         Self(path.to_owned())
     }
 
+    /// The folder itself.
+    pub fn folder(&self) -> &std::path::Path {
+        &self.0
+    }
+
     /// The folder with one folder for each template.
     pub fn templates(&self) -> PathBuf {
         self.0.join("templates")
@@ -50,8 +68,7 @@ impl Home {
 
     /// The folder of one template, which may not exist.
     pub fn template(&self, name: &str) -> Result<PathBuf, HomeError> {
-        let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(allowed) {
+        if !is_name(name) {
             return Err(HomeError::Name(name.to_owned()));
         }
         Ok(self.templates().join(name))

@@ -80,7 +80,12 @@ impl Fixture {
 
     /// Plays VMM and agent up to the request to run something.
     fn answer(&self) -> (Run, Agent, Agent) {
-        let (listener, _, mut agent, ready) = self.answer_wake();
+        self.answer_after(&self.vmm_arguments())
+    }
+
+    /// The same for a VMM whose arguments are known.
+    fn answer_after(&self, arguments: &[String]) -> (Run, Agent, Agent) {
+        let (listener, _, mut agent, ready) = self.answer_wake_after(arguments);
         send(&mut agent, &[FromAgent::Reply(Reply::Done)]);
         match connection(&listener) {
             (Request::Run(run), agent) => (run, agent, ready),
@@ -91,7 +96,10 @@ impl Fixture {
     /// Plays VMM and agent up to the first request: the listener for more, the identity, the connection it came by, and the
     /// one that the agent announced itself on.
     fn answer_wake(&self) -> (UnixListener, Identity, Agent, Agent) {
-        let arguments = self.vmm_arguments();
+        self.answer_wake_after(&self.vmm_arguments())
+    }
+
+    fn answer_wake_after(&self, arguments: &[String]) -> (UnixListener, Identity, Agent, Agent) {
         let value = arguments.iter().find_map(|argument| argument.strip_prefix("cid=3,socket=")).unwrap();
         let socket = Path::new(value);
         let listener = UnixListener::bind(socket).unwrap();
@@ -331,4 +339,51 @@ fn mistakes_are_one_sentence() {
     check(&mut fixture.launcher(&["run", "--no-wayland", "foot"]), "there is no template yet");
     let output = fixture.launcher(&["run", "--templat", "x", "foot"]).output().unwrap();
     assert!(!output.status.success() && text(&output.stderr).contains("--template"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn an_app_file_says_what_is_run_and_the_command_line_wins() {
+    let fixture = Fixture::new();
+    let apps = fixture.path("share/spectrum/apps");
+    fs::create_dir_all(&apps).unwrap();
+    let text = "command = [\"firefox\", \"--new\"]\nmemory = \"2G\"\ncpus = 2\nwayland = false\n";
+    fs::write(apps.join("web.toml"), text).unwrap();
+    for (flags, memory) in [(&[][..], "size=2G"), (&["--memory", "1G"][..], "size=1G")] {
+        let mut command = fixture.launcher(&[&["run", "--boot"], flags, &["web", "--memory"]].concat());
+        let child = command.env("XDG_DATA_DIRS", fixture.path("share")).spawn().unwrap();
+        let arguments = fixture.vmm_arguments();
+        assert!(arguments.iter().any(|argument| argument == memory), "{arguments:?}");
+        assert!(arguments.iter().any(|argument| argument == "boot=2"), "{arguments:?}");
+        assert!(!arguments.iter().any(|argument| argument == "--gpu"), "{arguments:?}");
+        let (run, mut agent, _ready) = fixture.answer_after(&arguments);
+        assert_eq!(run.argv, ["firefox", "--new", "--memory"]);
+        send(&mut agent, &[started(), FromAgent::Exit(ExitStatus::Code(0))]);
+        fixture.end("0");
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn an_app_that_asks_for_what_there_is_not_is_not_started() {
+    let fixture = Fixture::new();
+    let apps = fixture.path("share/spectrum/apps");
+    fs::create_dir_all(&apps).unwrap();
+    let file = apps.join("web.toml");
+    let table = [
+        ("network = \"internet\"", "asks for network, but VMs have no network yet: remove the line to run web without"),
+        ("persist = \"web\"", "asks for persist, but "),
+        ("shares = [{ path = \"/x\" }]", "asks for shares, but "),
+        ("clipboard = \"deny\"", "asks for clipboard, but "),
+        ("sound = true", "asks for sound, but "),
+        ("\nmemroy = \"1G\"", ":2:1: unknown key \"memroy\": did you mean \"memory\"?"),
+    ];
+    for (text, expected) in table {
+        fs::write(&file, text).unwrap();
+        let mut command = fixture.launcher(&["run", "--no-wayland", "--vmm", "/no/vmm", "web"]);
+        let (message, status) = mistake(command.env("XDG_DATA_DIRS", fixture.path("share")));
+        assert!(message.starts_with(&format!("spectrum: {}", file.display())), "{message}");
+        assert!(message.contains(expected), "{message}");
+        assert_eq!(status, 125);
+    }
 }

@@ -6,7 +6,7 @@
 
 mod folder;
 mod identity;
-mod options;
+pub mod options;
 mod relay;
 mod signals;
 mod tail;
@@ -25,7 +25,7 @@ use warm::Warm;
 use crate::{
     cli::{RunOptions, WarmOptions},
     home::Home,
-    template,
+    progress, template,
 };
 
 /// Why the application was not run to its end.
@@ -76,13 +76,15 @@ pub fn run(home: &Home, options: &RunOptions) -> Result<ExitCode, RunError> {
     }
 }
 
+/// Says how the VM is started.
+fn tell(text: &str) {
+    if !progress::is_quiet() {
+        eprintln!("spectrum: {text}");
+    }
+}
+
 /// A clone of the warm template, or, where that cannot be, a VM that boots.
 fn start(home: &Home, settings: &Settings, signals: &Signals, options: &RunOptions) -> Result<Vm, RunError> {
-    let tell = |text: &str| {
-        if !options.quiet {
-            eprintln!("spectrum: {text}");
-        }
-    };
     if options.boot {
         return Vm::boot(settings);
     }
@@ -108,7 +110,7 @@ fn start(home: &Home, settings: &Settings, signals: &Signals, options: &RunOptio
 pub fn warm(home: &Home, options: &WarmOptions) -> Result<(), RunError> {
     let settings = Settings::to_warm(home, options)?;
     let signals = Signals::new().map_err(io_error("receive signals"))?;
-    Warm::of(home, &settings)?.ready(&settings, &signals, |text| eprintln!("spectrum: {text}"))?;
+    Warm::of(home, &settings)?.ready(&settings, &signals, tell)?;
     Ok(())
 }
 

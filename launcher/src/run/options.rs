@@ -18,6 +18,10 @@ use crate::{
 /// The template used when none is named.
 const DEFAULT_TEMPLATE: &str = "default";
 
+/// Memory and virtual CPUs where neither the command line nor an app file says how much.
+const DEFAULT_MEMORY: &str = "512M";
+const DEFAULT_CPUS: u8 = 1;
+
 /// What is wrong with the command line or the environment.
 #[derive(Debug, thiserror::Error)]
 pub enum OptionsError {
@@ -77,8 +81,8 @@ impl Settings {
             template,
             vmm: find_vmm(options.vmm.as_deref())?,
             wayland,
-            memory: options.memory.clone(),
-            cpus: options.cpus,
+            memory: options.memory.clone().unwrap_or_else(|| DEFAULT_MEMORY.to_owned()),
+            cpus: options.cpus.unwrap_or(DEFAULT_CPUS),
             hostname: hostname(program),
             environment: environment(&options.env)?,
             vmm_arguments: options.vmm_arg.clone(),
@@ -141,7 +145,7 @@ pub fn find_vmm(named: Option<&Path>) -> Result<PathBuf, OptionsError> {
 }
 
 /// The socket as libwayland finds it: an absolute name, or one below the runtime folder.
-fn wayland_socket(named: Option<&Path>) -> Result<PathBuf, OptionsError> {
+pub fn wayland_socket(named: Option<&Path>) -> Result<PathBuf, OptionsError> {
     let variable = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let path = match (named, variable("WAYLAND_DISPLAY"), variable("XDG_RUNTIME_DIR")) {
         (Some(path), _, _) => path.to_owned(),
