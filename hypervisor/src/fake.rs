@@ -30,6 +30,8 @@ pub struct Log {
     pub msis: Vec<(u64, u32)>,
     /// Results of [`Step::PortRead`].
     pub port_reads: Vec<u8>,
+    /// What the next log of written pages says of every slot.
+    pub dirty: Vec<u64>,
     /// The guest's clock.
     pub clock: u64,
     /// Calls in order, by name.
@@ -91,8 +93,12 @@ impl Vm for FakeVm {
     }
 
     fn dirty_log(&self, _: u32, _: u64) -> Result<Vec<u64>, Error> {
-        note(&self.log, |l| l.calls.push("dirty_log"));
-        Ok(Vec::new())
+        let mut dirty = Vec::new();
+        note(&self.log, |l| {
+            l.calls.push("dirty_log");
+            dirty = std::mem::take(&mut l.dirty);
+        });
+        Ok(dirty)
     }
 
     fn create_interrupt_controller(&self, _: u32) -> Result<(), Error> {

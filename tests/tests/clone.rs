@@ -229,18 +229,25 @@ fn clones_can_have_the_working_set_beforehand() {
     let api = |client: &mut Client, paused: bool| {
         let path = keep.path().join("clone-api");
         let socket = OwnedFd::from(UnixListener::bind(&path).unwrap());
-        let config = CloneConfig { fds: vec!["api".into()], paused, ..CloneConfig::default() };
-        let info = client.clone_vm(config, &[socket.as_fd()]).unwrap();
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let fds = ["api", "serial"].map(String::from).into();
+        let config = CloneConfig { fds, paused, ..CloneConfig::default() };
+        let info = client.clone_vm(config, &[socket.as_fd(), write.as_fd()]).unwrap();
+        drop(write);
+        let mut output = BufReader::new(File::from(read));
+        if !paused {
+            first_tick(&mut output);
+        }
         let mut own = Client::connect(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         // Built when it answers.
         own.ping().unwrap();
-        (Pid::from_raw(i32::try_from(info.pid).unwrap()).unwrap(), own)
+        (Pid::from_raw(i32::try_from(info.pid).unwrap()).unwrap(), own, output)
     };
-    let (fresh, _) = api(&mut client, true);
+    let (fresh, _, _) = api(&mut client, true);
     let (few, none) = resident(fresh);
     zygote::end(fresh);
-    let (pid, mut own) = api(&mut client, false);
+    let (pid, mut own, _output) = api(&mut client, false);
     let to = SnapshotConfig { destination_url: format!("file://{}", directory.display()) };
     let record = |own: &mut Client| own.send(&Request::VmWorkingSet(to.clone()));
     own.send(&Request::VmPause).unwrap();
@@ -249,7 +256,7 @@ fn clones_can_have_the_working_set_beforehand() {
     record(&mut own).unwrap();
     zygote::end(pid);
     let (_zygote, mut client) = zygote::start_with(&directory, ",prefault=on");
-    let (pid, _) = api(&mut client, true);
+    let (pid, _, _) = api(&mut client, true);
     let (before, copies) = resident(pid);
     assert!(copies >= written && before >= read, "{before} and {copies} KiB, {read} and {written} recorded");
     zygote::end(pid);

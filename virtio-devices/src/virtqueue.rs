@@ -123,6 +123,11 @@ impl VirtQueue {
         Ok(())
     }
 
+    /// This dispatch has had its share, though the ring may have more: the device is called again, after whoever else waits.
+    pub fn end_turn(&mut self) {
+        self.budget = 0;
+    }
+
     /// Ends a dispatch: asks the driver for kicks (event index) and gives the queue its next share. Says whether the
     /// device should be called again at once, because it stopped for its share or because chains arrived after it had
     /// seen the ring empty. Chains it left in the ring on purpose are no reason: it takes them when it has a use.

@@ -236,6 +236,14 @@ impl Cli {
                     .into(),
             );
         }
+        if cli.no_share && !boots && cli.restore.is_none() {
+            return fail(
+                ErrorKind::ArgumentConflict,
+                "--no-share is for the machine of --kernel or --restore; a request says it itself: copy in its pmem sections, \
+                 no_share in vm.restore"
+                    .into(),
+            );
+        }
         if let (Some(Endpoint::Path(api)), Some(vsock)) = (&cli.api_socket, &cli.vsock)
             && *api == vsock.socket
         {

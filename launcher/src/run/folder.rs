@@ -38,8 +38,7 @@ impl RunFolder {
         remove_stale(base);
         let private = fs::Permissions::from_mode(0o700);
         let folder = tempfile::Builder::new().prefix("vm-").permissions(private).tempdir_in(base)?;
-        let lock = File::create(folder.path().join(LOCK))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+        let lock = lock(folder.path())?;
         let longest = folder.path().as_os_str().len() + 1 + LONGEST_NAME;
         if longest > LONGEST_SOCKET {
             let text =
@@ -69,6 +68,16 @@ pub fn make_base(base: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
         _ => check_owner(base),
     }
+}
+
+/// Makes the file that says that `folder` is in use, for as long as it, or what it became in another process, is open. It is
+/// locked before it has its name: nobody can take the folder for one that was left.
+pub fn lock(folder: &Path) -> io::Result<File> {
+    let new = folder.join("lock.new");
+    let file = File::create(&new)?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    fs::rename(new, folder.join(LOCK))?;
+    Ok(file)
 }
 
 /// Others must not be able to put sockets of their own where the VMM's are expected.

@@ -46,7 +46,7 @@ pub enum OptionsError {
 }
 
 /// What a VM is started with.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     /// The template.
     pub template: Template,
@@ -136,12 +136,15 @@ fn template_name(home: &Home, named: Option<&str>) -> Result<String, OptionsErro
 pub fn find_vmm(named: Option<&Path>) -> Result<PathBuf, OptionsError> {
     const NAME: &str = "spectrum-vmm";
     if let Some(path) = named {
-        return if path.is_file() { Ok(path.to_owned()) } else { Err(OptionsError::VmmMissing(path.to_owned())) };
+        let missing = || OptionsError::VmmMissing(path.to_owned());
+        // A zygote is started in another folder.
+        return std::path::absolute(path).ok().filter(|path| path.is_file()).ok_or_else(missing);
     }
     let beside = env::current_exe().ok().and_then(|program| Some(program.parent()?.join(NAME)));
     let path = env::var_os("PATH").unwrap_or_default();
     let candidates = beside.into_iter().chain(env::split_paths(&path).map(|folder| folder.join(NAME)));
-    candidates.into_iter().find(|path| path.is_file()).ok_or(OptionsError::NoVmm)
+    let mut candidates = candidates.into_iter().filter_map(|path| std::path::absolute(path).ok());
+    candidates.find(|path| path.is_file()).ok_or(OptionsError::NoVmm)
 }
 
 /// The socket as libwayland finds it: an absolute name, or one below the runtime folder.

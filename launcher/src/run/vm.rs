@@ -148,8 +148,16 @@ impl Vm {
         };
         let info = zygote.clone_vm(config, &[api.as_fd(), write.as_fd(), vsock.as_fd()]).map_err(VmError::Clone)?;
         let pid = u32::try_from(info.pid).unwrap_or_default();
+        let pidfd = watch(pid)?;
+        // From here on it alone listens. Were it gone already, the number could be another process' by now.
+        drop((api, vsock));
+        let mut own = Client::connect(&folder.path(API)).map_err(VmError::Clone)?;
+        own.set_timeout(Some(PATIENCE)).map_err(VmError::Clone)?;
+        if own.ping().map_err(VmError::Clone)?.pid != info.pid {
+            return Err(VmError::NoConnection("the clone is not the process that it was said to be".into()).into());
+        }
         Ok(Self {
-            pidfd: watch(pid)?,
+            pidfd,
             process: Process::Clone { pid, log },
             folder,
             ready,

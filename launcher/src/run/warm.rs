@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!   home/warm/NAME@WHAT-HOW/                 the snapshot; WHAT: template and VMM, HOW: the shape of the VM
-//!   runtime folder/zygote-NAME@WHAT-HOW/     the zygote's socket and log
+//!   runtime folder/zygote-HASHES/            the zygote's socket and log
 //! ```
 //! The zygote outlives the launcher that started it, so that the next finds it. It ends with the template, by
 //! `spectrum template gc`, or by a signal. Nothing of an application is in it: it is saved when the agent has announced
 //! itself, before it does anything.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io,
     os::unix::{fs::OpenOptionsExt, process::CommandExt},
@@ -37,8 +38,10 @@ use crate::{
 const SOCKET: &str = "zygote.sock";
 /// What is there when a snapshot is whole.
 const SNAPSHOT: &str = "snapshot.json";
+/// How long a VM may take to be saved.
+const SAVED_WITHIN: Duration = Duration::from_secs(300);
 /// How long a zygote may take until it listens.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why there is no warm template.
 #[derive(Debug, thiserror::Error)]
@@ -67,14 +70,17 @@ impl Warm {
         let what = fingerprint(&settings.template, &settings.vmm)?;
         let shape = format!("{} {} {}", settings.memory, settings.cpus, settings.wayland.is_some());
         let name = format!("{what}-{}", short_hash(shape.as_bytes()));
+        let place = zygote_folder(home, &name);
         let base = folder::base();
         folder::make_base(&base).map_err(io_error("make the folder of running VMs"))?;
-        Ok(Self { snapshot: home.warm().join(&name), folder: base.join(format!("zygote-{name}")), name })
+        Ok(Self { snapshot: home.warm().join(&name), folder: base.join(place), name })
     }
 
     /// A connection to its zygote, if there is one.
     pub fn connect(&self) -> Option<Client> {
-        Client::connect(&self.folder.join(SOCKET)).ok()
+        let mut client = Client::connect(&self.folder.join(SOCKET)).ok()?;
+        client.set_timeout(Some(PATIENCE)).ok()?;
+        Some(client)
     }
 
     /// The zygote's messages.
@@ -87,7 +93,7 @@ impl Warm {
         if let Some(client) = self.connect() {
             return Ok(client);
         }
-        let lock = self.lock()?;
+        let lock = self.lock(signals)?;
         // Whoever had the lock may have done it.
         if let Some(client) = self.connect() {
             return Ok(client);
@@ -97,7 +103,7 @@ impl Warm {
             self.save(settings, signals)?;
         }
         let started = self.start(&settings.vmm);
-        if started.is_err() {
+        if matches!(&started, Err(RunError::Warm(WarmError::Ended(_)))) {
             // Perhaps of another CPU, or damaged: the next makes it anew.
             let _ = fs::remove_dir_all(&self.snapshot);
         }
@@ -105,22 +111,40 @@ impl Warm {
         started
     }
 
-    fn lock(&self) -> Result<File, RunError> {
+    fn lock(&self, signals: &Signals) -> Result<File, RunError> {
         let fail = io_error("make a folder for warm templates");
         let parent = self.snapshot.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(parent).map_err(fail)?;
         let path = parent.join(format!("{}.lock", self.name));
         let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path);
         let file = file.map_err(io_error("lock the warm template"))?;
-        flock(&file, FlockOperation::LockExclusive).map_err(io_error("lock the warm template"))?;
-        Ok(file)
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(file),
+                Err(Errno::WOULDBLOCK) => {}
+                Err(errno) => return Err(io_error("lock the warm template")(errno)),
+            }
+            // Somebody else is warming it. Nothing tells of the end of that but the lock, and signals are heard here.
+            let mut wanted: Vec<_> = signals.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+            let soon = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+            match poll(&mut wanted, Some(&soon)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(io_error("wait for the warm template")(errno)),
+            }
+            if let Some(signal) = signals.received() {
+                return Err(RunError::Interrupted(signal));
+            }
+        }
     }
 
     /// Boots a VM until its agent has announced itself, and saves it.
     fn save(&self, settings: &Settings, signals: &Signals) -> Result<(), RunError> {
+        // It is everybody's: nothing of the application that happens to be the first.
+        let settings = &Settings { hostname: "template".into(), environment: BTreeMap::new(), ..settings.clone() };
         let mut vm = Vm::boot(settings)?;
         vm.wait_for_agent(signals)?;
         let mut api = vm.api().map_err(WarmError::Save)?;
+        api.set_timeout(Some(SAVED_WITHIN)).map_err(WarmError::Save)?;
         api.send(&Request::VmPause).map_err(WarmError::Save)?;
         let to = SnapshotConfig { destination_url: format!("file://{}", self.snapshot.display()) };
         api.send(&Request::VmSnapshot(to)).map_err(WarmError::Save)?;
@@ -135,8 +159,7 @@ impl Warm {
         inotify::add_watch(&created, &self.folder, inotify::WatchFlags::CREATE)
             .map_err(io_error("watch the zygote"))?;
         // Locked for as long as the zygote or a clone has it: that keeps the folder.
-        let log = File::create(self.log()).map_err(fail)?;
-        flock(&log, FlockOperation::NonBlockingLockExclusive).map_err(io_error("lock the zygote's log"))?;
+        let log = folder::lock(&self.folder).map_err(fail)?;
         let mut flag = std::ffi::OsString::from("source_url=file://");
         flag.push(&self.snapshot);
         flag.push(",socket=");
@@ -186,8 +209,16 @@ fn fingerprint(template: &Template, vmm: &Path) -> Result<String, RunError> {
     let data = fs::metadata(vmm).map_err(io_error("look at the VMM"))?;
     let modified = data.modified().ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
     let files = serde_json::to_string(&template.manifest.files).unwrap_or_default();
-    let all = format!("{} {} {modified:?} {files}", vmm.display(), data.len());
+    let place = template.folder.display();
+    let all = format!("{place} {} {} {modified:?} {files}", vmm.display(), data.len());
     Ok(format!("{name}@{}", short_hash(all.as_bytes())))
+}
+
+/// The folder of a zygote among those of running VMs, which all homes have in common. Short, whatever the template is called:
+/// the path of a socket may have about a hundred bytes.
+fn zygote_folder(home: &Home, name: &str) -> String {
+    let home = short_hash(home.warm().as_os_str().as_encoded_bytes());
+    format!("zygote-{}-{}", home, short_hash(name.as_bytes()))
 }
 
 fn short_hash(bytes: &[u8]) -> String {
@@ -207,31 +238,34 @@ pub fn sweep(home: &Home, is_kept: impl Fn(&str) -> bool) -> io::Result<Vec<Stri
         }
     };
     let unwanted = |name: &str| name.rsplit_once('-').is_some_and(|(what, _)| !is_kept(what));
-    for entry in entries(&base)? {
-        let Some(name) = entry.strip_prefix("zygote-").filter(|name| unwanted(name)) else { continue };
-        let folder = base.join(&entry);
+    // Each has a lock, which stays: who waits for it must find the same file.
+    for entry in entries(&home.warm())? {
+        let Some(name) = entry.strip_suffix(".lock").filter(|name| unwanted(name)) else { continue };
+        let lock = File::open(home.warm().join(&entry))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            // It is being warmed at this moment.
+            Err(Errno::WOULDBLOCK) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        let (folder, snapshot) = (base.join(zygote_folder(home, name)), home.warm().join(name));
+        if !folder.exists() && !snapshot.exists() {
+            continue;
+        }
         if let Ok(mut zygote) = Client::connect(&folder.join(SOCKET)) {
+            zygote.set_timeout(Some(PATIENCE)).map_err(io::Error::other)?;
             // If it does not listen to reason the folder stays, and tells of it.
             zygote.send(&Request::VmmShutdown).map_err(io::Error::other)?;
         }
-        fs::remove_dir_all(&folder)?;
-        gone.push(name.to_owned());
-    }
-    for entry in entries(&home.warm())? {
-        let name = entry.strip_suffix(".lock").unwrap_or(&entry);
-        if !unwanted(name) {
-            continue;
-        }
-        let path = home.warm().join(&entry);
-        if path.is_dir() {
-            fs::remove_dir_all(&path)?
-        } else {
-            fs::remove_file(&path)?
+        for folder in [folder, snapshot] {
+            match fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
         gone.push(name.to_owned());
     }
     gone.sort();
-    gone.dedup();
     Ok(gone)
 }
 
@@ -283,6 +317,6 @@ mod tests {
         assert_eq!(sweep(&home, |what| what == "a-b@1").unwrap(), ["a-b@2-x"]);
         let mut left: Vec<_> = fs::read_dir(home.warm()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         left.sort();
-        assert_eq!(left, ["a-b@1-x", "a-b@1-x.lock"]);
+        assert_eq!(left, ["a-b@1-x", "a-b@1-x.lock", "a-b@2-x.lock"]);
     }
 }

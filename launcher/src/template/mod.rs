@@ -140,7 +140,7 @@ pub fn remove(home: &Home, name: &str) -> Result<(), TemplateError> {
 }
 
 /// A template that is there.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Template {
     /// Its folder.
     pub folder: PathBuf,

@@ -25,6 +25,8 @@ const S_IFLNK: u32 = 0o120_000;
 pub(crate) const PERMISSIONS: u32 = 0o777;
 /// Set-user-ID and set-group-ID.
 pub(crate) const SET_ID: u32 = 0o6000;
+/// These, and that only owners may remove entries: no guest sees them or changes them.
+pub(crate) const SPECIAL: u32 = 0o7000;
 
 impl Kind {
     /// By the mode of inode(7).

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{
-    FallocateFlags, Mode, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fsync, ftruncate, seek,
+    FallocateFlags, Mode, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fstat, fsync, ftruncate, seek,
 };
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
@@ -17,7 +17,7 @@ use crate::transfer::transfer;
 use crate::tree::{Found, ROOT, Tree};
 
 /// Bytes that one [`Tree::copy`] copies, so that it ends soon.
-const MAX_COPY: usize = 16 << 20;
+const MAX_COPY: usize = 1 << 20;
 
 /// How a guest opens a file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -252,6 +252,14 @@ impl Tree {
         let file = self.opened(node, handle)?;
         if i64::try_from(offset).is_err() {
             return Err(Errno::NXIO);
+        }
+        // An open file that was handed in has its offset in common with whoever granted it: it stays where it is.
+        if Arc::ptr_eq(&file.fd, &file.grant.root) {
+            let size = u64::try_from(fstat(&*file.fd)?.st_size).unwrap_or(0);
+            return match offset < size {
+                true => Ok(if hole { size } else { offset }),
+                false => Err(Errno::NXIO),
+            };
         }
         seek(&*file.fd, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
     }

@@ -10,7 +10,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::process::{Resource, geteuid, getrlimit};
 
-use crate::attributes::{Attributes, Change, Kind, PERMISSIONS, SET_ID, Time};
+use crate::attributes::{Attributes, Change, Kind, PERMISSIONS, SET_ID, SPECIAL, Time};
 use crate::files::Handles;
 use crate::grants::{Grant, Grants};
 use crate::host::{self, Name, Proc};
@@ -45,10 +45,10 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
-    /// At most half of the process' descriptors, so that other devices are not starved.
+    /// At most an eighth of the process' descriptors: of several such devices all together leave some to the others.
     fn of_process() -> Self {
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        let share = |parts: u64, max: usize| usize::try_from(limit / 16 * parts).unwrap_or(max).min(max);
+        let share = |parts: u64, max: usize| usize::try_from(limit / 64 * parts).unwrap_or(max).min(max);
         Self { nodes: share(5, MAX_NODES), files: share(2, MAX_FILES), directories: share(1, MAX_DIRECTORIES) }
     }
 }
@@ -209,8 +209,15 @@ impl Tree {
             if node.kind == Kind::Link {
                 return Err(Errno::OPNOTSUPP);
             }
+            let (stat, _) = host::examine(fd.as_fd())?;
+            let now = u32::from(stat.stx_mode);
+            if node.kind == Kind::File && now & SET_ID != 0 {
+                return Err(Errno::PERM);
+            }
+            // What the guest does not see stays.
+            let mode = Mode::from_raw_mode(mode & PERMISSIONS | now & SPECIAL);
             let (dir, name) = self.proc.path(fd.as_fd());
-            chmodat(dir, name.as_c_str(), Mode::from_raw_mode(mode & PERMISSIONS), AtFlags::empty())?;
+            chmodat(dir, name.as_c_str(), mode, AtFlags::empty())?;
         }
         if let Some(size) = change.size {
             self.truncate(id, handle, size)?;

@@ -21,6 +21,9 @@ const REQUEST_QUEUES: u32 = 1;
 /// A request of 256 pages takes as many descriptors and a few for its headers.
 const QUEUE_SIZE: u16 = 1024;
 
+/// Requests that are served in one turn.
+const TURN: usize = 16;
+
 const IN_HEADER: usize = size_of::<InHeader>();
 const OUT_HEADER: usize = size_of::<OutHeader>();
 const WRITE_HEADERS: usize = IN_HEADER + size_of::<WriteIn>();
@@ -202,10 +205,16 @@ impl Device for Fs {
     fn queue(&mut self, active: &mut Active, index: u16) -> Result<(), Broken> {
         let mem = active.mem.memory();
         let queue = active.queue(index)?;
+        // Few at a time: a request may take long on the host, and between turns the thread hears that it is to stop.
+        let mut served = 0;
         while let Some(chain) = queue.pop()? {
             let head = chain.head_index();
             let written = self.serve(&mem, &Buffers::of(chain));
             queue.push(head, written)?;
+            served += 1;
+            if served == TURN {
+                queue.end_turn();
+            }
         }
         queue.notify()
     }

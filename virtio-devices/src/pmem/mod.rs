@@ -14,7 +14,7 @@ mod device;
 mod tests;
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
@@ -39,7 +39,7 @@ pub const KIND: Kind = Kind { name: "pmem", requests, map, build, syscalls: SYSC
 const ALIGNMENT: u64 = 2 << 20;
 
 /// Bytes of an image that are copied at once.
-const COPIED_AT_ONCE: usize = 1 << 20;
+const COPIED_AT_ONCE: usize = 64 << 10;
 
 const STATE_VERSION: u32 = 1;
 
@@ -152,17 +152,21 @@ fn map_image(image: &Image, len: u64, config: &PmemConfig) -> io::Result<Mapping
 
 /// A file in memory with what is in the image, `len` bytes long.
 fn copy_of(image: &Image, len: u64) -> io::Result<File> {
-    let mut copy = File::from(memfd_create("image", MemfdFlags::CLOEXEC)?);
+    let copy = File::from(memfd_create("image", MemfdFlags::CLOEXEC)?);
+    copy.set_len(len)?;
+    let end = image.size().min(len);
     let mut part = vec![0; COPIED_AT_ONCE];
     let mut offset = 0;
-    while offset < image.size() {
-        let n = usize::try_from(image.size() - offset).unwrap_or(usize::MAX).min(COPIED_AT_ONCE);
+    while offset < end {
+        let n = usize::try_from(end - offset).unwrap_or(usize::MAX).min(COPIED_AT_ONCE);
         let part = part.get_mut(..n).unwrap_or_default();
         image.file().read_exact_at(part, offset)?;
-        copy.write_all(part)?;
+        // Zeroes are there already, and take no room.
+        if part.iter().any(|byte| *byte != 0) {
+            copy.write_all_at(part, offset)?;
+        }
         offset = offset.saturating_add(n as u64);
     }
-    copy.set_len(len)?;
     Ok(copy)
 }
 

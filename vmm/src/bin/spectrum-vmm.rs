@@ -2,11 +2,12 @@
 
 use std::error::Error;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use hypervisor::kvm::Kvm;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -109,7 +110,6 @@ fn be_zygote(cli: &Cli, config: &ZygoteConfig, log: Option<&'static File>) -> Re
         panics::end_with(vmm.fail_with());
         Ok(())
     };
-    let server = Server::bind(&config.socket)?;
     let zygote = Zygote::new(
         config,
         Arc::new(Kvm::open()?),
@@ -124,7 +124,8 @@ fn be_zygote(cli: &Cli, config: &ZygoteConfig, log: Option<&'static File>) -> Re
         prepare,
         log,
     )?;
-    zygote.run(server)?;
+    // Who can connect finds a zygote that has its template.
+    zygote.run(Server::bind(&config.socket)?)?;
     Ok(Outcome::Ended)
 }
 
@@ -169,10 +170,31 @@ fn signals() -> io::Result<UnixStream> {
     Ok(read)
 }
 
+/// The most lines that one process writes unless it is asked for more: a guest can provoke any number of warnings, and the
+/// file they go to may be in memory.
+const MAX_LINES: u32 = 1000;
+
+fn limited(to: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> io::Result<()> {
+    static LINES: AtomicU32 = AtomicU32::new(0);
+    let count = LINES.load(Ordering::Relaxed);
+    if count > MAX_LINES {
+        return Ok(());
+    }
+    LINES.store(count + 1, Ordering::Relaxed);
+    let (time, level, target) = (to.timestamp_micros(), record.level(), record.target());
+    if count == MAX_LINES {
+        return writeln!(to, "[{time} {level} {target}] {MAX_LINES} lines were written; -v shows what comes now, too");
+    }
+    writeln!(to, "[{time} {level} {target}] {}", record.args())
+}
+
 /// Starts the log; the file it goes to, if it goes to one.
 fn start_logging(cli: &Cli) -> io::Result<Option<&'static File>> {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(cli.log_level()).format_timestamp_micros();
+    if cli.log_level() == log::LevelFilter::Warn {
+        builder.format(limited);
+    }
     let mut log = None;
     if let Some(path) = &cli.log_file {
         let file = std::fs::OpenOptions::new().create(true).append(true).open(path);

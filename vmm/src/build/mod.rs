@@ -159,9 +159,10 @@ pub enum SavedMemory<'a> {
 /// controller and vCPUs. It is most of the work. Memory slots come before the interrupt controller, which is much cheaper
 /// that way.
 pub struct Chassis {
+    // Dropped in this order: the VM before what it shows.
     vcpus: Vec<Box<dyn Vcpu>>,
-    windows: BTreeMap<usize, WindowMemory>,
     vm: Arc<dyn Vm>,
+    windows: BTreeMap<usize, WindowMemory>,
     ondemand: Option<OnDemand>,
     ram: Memory,
 }

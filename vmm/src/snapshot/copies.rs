@@ -139,6 +139,9 @@ impl Copies {
 
 #[cfg(test)]
 mod tests {
+    use hypervisor::Hypervisor;
+    use hypervisor::fake::FakeHypervisor;
+
     use super::*;
 
     fn ram() -> Vec<PlannedRam> {
@@ -171,6 +174,28 @@ mod tests {
         let byte = |memory: &Memory, at: u64| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
         let seen = [0x3000, 0x3001, 0x3002, (1 << 32) + 0x5000, 0x13000, (1 << 32) + 0x6000].map(|at| byte(&then, at));
         assert_eq!(seen, [7, 1, 3, 2, 3, 7]);
+    }
+
+    #[test]
+    fn what_was_written_meanwhile_is_copied_again() {
+        let fake = FakeHypervisor::new(Vec::new());
+        let vm = fake.create_vm().unwrap();
+        let (memory, ram) = (mapped(7), ram());
+        memory.write_obj(1u8, GuestAddress(0x3000)).unwrap();
+        let log = Log::begin(vm.as_ref(), &ram, &memory).unwrap();
+        let mut copies = Copies::of(&memory, &ram).unwrap().unwrap();
+        for page in [3, 4, 70] {
+            memory.write_obj(2u8, GuestAddress(page * PAGE_SIZE)).unwrap();
+        }
+        // KVM saw two of the three; and a page behind the end of the slot is none.
+        fake.log.lock().unwrap().dirty = vec![1 << 3, 1 << 6, 0, 0, 1];
+        copies.complete(&memory, &log).unwrap();
+        drop(log);
+        let logged: Vec<bool> = fake.log.lock().unwrap().slots.iter().map(|slot| slot.log_dirty).collect();
+        assert_eq!(logged, [true, true, false, false], "of both slots, and no more");
+        let then = copies.memory(&ram).unwrap();
+        let seen = [3, 4, 70].map(|page| then.read_obj::<u8>(GuestAddress(page * PAGE_SIZE)).unwrap());
+        assert_eq!(seen, [2, 7, 2]);
     }
 
     #[test]

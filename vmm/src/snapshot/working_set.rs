@@ -95,10 +95,17 @@ impl WorkingSet {
         }
         let this: Self = serde_json::from_slice(&read_file(&path, MAX_LIST)?)
             .map_err(|e| damaged(&path, format!("it is no list of pages: {e}")))?;
-        let fits = |(start, size): &(u64, u64)| {
-            start % PAGE_SIZE == 0 && size % PAGE_SIZE == 0 && start.checked_add(*size).is_some_and(|end| end <= len)
+        // In order and without overlap, so that populating it takes no longer than the memory is large.
+        let fits = |list: &[(u64, u64)]| {
+            let mut before = 0;
+            list.iter().all(|(start, size)| {
+                let whole = start % PAGE_SIZE == 0 && size % PAGE_SIZE == 0 && *size > 0;
+                let end = start.checked_add(*size).filter(|end| whole && *start >= before && *end <= len);
+                before = end.unwrap_or(before);
+                end.is_some()
+            })
         };
-        match this.read.iter().chain(&this.written).all(fits) {
+        match fits(&this.read) && fits(&this.written) {
             true => Ok(Some(this)),
             false => Err(damaged(&path, "it is about a memory of another size; record it again")),
         }
@@ -195,7 +202,11 @@ mod tests {
         assert_eq!(WorkingSet::read(directory.path(), LEN).unwrap(), Some(set));
         let refusal = |len| WorkingSet::read(directory.path(), len).unwrap_err().to_string();
         assert!(refusal(LEN - 4096).contains("another size"));
-        for text in [r#"{"read":[[0,1]],"written":[]}"#, r#"{"read":[[18446744073709547520,8192]],"written":[]}"#] {
+        for text in [
+            r#"{"read":[[0,1]],"written":[]}"#,
+            r#"{"read":[[18446744073709547520,8192]],"written":[]}"#,
+            r#"{"read":[[4096,4096],[0,8192]],"written":[]}"#,
+        ] {
             fs::write(directory.path().join(WORKING_SET), text).unwrap();
             assert!(refusal(LEN).contains("another size"), "{text}");
         }
