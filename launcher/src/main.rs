@@ -31,6 +31,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let home = home::Home::find()?;
     match cli.command {
         Command::Run(options) => return Ok(run::run(&home, &options)?),
+        Command::Vm(command) => return Ok(run::vms::dispatch(command)?),
         Command::Template(TemplateCommand::Build(options)) => template::build(&home, &options)?,
         Command::Template(TemplateCommand::Refresh(options)) => template::refresh(&home, &options)?,
         Command::Template(TemplateCommand::Warm(options)) => run::warm(&home, &options)?,

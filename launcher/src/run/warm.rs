@@ -65,7 +65,8 @@ impl Warm {
     /// The one that fits to `settings`.
     pub fn of(home: &Home, settings: &Settings) -> Result<Self, RunError> {
         let what = fingerprint(&settings.template, &settings.vmm)?;
-        let shape = format!("{} {} {}", settings.memory, settings.cpus, settings.wayland.is_some());
+        // What is in every VM is part of it too, or a launcher of another version would find what it cannot use.
+        let shape = format!("fs {} {} {}", settings.memory, settings.cpus, settings.wayland.is_some());
         let name = format!("{what}-{}", short_hash(shape.as_bytes()));
         let base = folder::base();
         folder::make_base(&base).map_err(io_error("make the folder of running VMs"))?;
@@ -129,6 +130,8 @@ impl Warm {
 
     fn start(&self, vmm: &Path) -> Result<Client, RunError> {
         let fail = |source| RunError::Io { what: "start the zygote", source };
+        // Until the folder's lock is taken it looks like a leftover.
+        let all = folder::lock_base(&folder::base()).map_err(fail)?;
         let _ = fs::remove_dir_all(&self.folder);
         fs::create_dir(&self.folder).map_err(fail)?;
         let created = inotify::init(inotify::CreateFlags::CLOEXEC).map_err(io_error("watch the zygote"))?;
@@ -137,6 +140,7 @@ impl Warm {
         // Locked for as long as the zygote or a clone has it: that keeps the folder.
         let log = File::create(self.log()).map_err(fail)?;
         flock(&log, FlockOperation::NonBlockingLockExclusive).map_err(io_error("lock the zygote's log"))?;
+        drop(all);
         let mut flag = std::ffi::OsString::from("source_url=file://");
         flag.push(&self.snapshot);
         flag.push(",socket=");
