@@ -37,9 +37,14 @@ impl Place {
         Application::start_with(None, &options, &self.settings(), &["sh", "-c", "echo up; exec sleep 1000"])
     }
 
-    fn output(&self, arguments: &[&str]) -> Output {
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(programs::program("spectrum"));
-        command.args(arguments).envs(self.settings()).stdin(Stdio::null()).output().unwrap()
+        command.args(arguments).envs(self.settings()).stdin(Stdio::null());
+        command
+    }
+
+    fn output(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
     }
 
     fn spectrum(&self, arguments: &[&str]) -> String {
@@ -68,20 +73,22 @@ impl Place {
         entries.map(|entry| entry.path()).filter(|path| !path.to_string_lossy().contains("/zygote-")).collect()
     }
 
-    /// Kills the launcher of a VM, which then can do nothing, and expects that nothing is left of the VM when somebody asks.
-    fn kill_launcher(&self, name: &str) {
+    /// Kills the launcher of a VM, which then can do nothing. The VM's process.
+    fn kill_launcher(&self, name: &str) -> Value {
         let all = self.ps();
         let vm = all.iter().find(|vm| vm["name"] == name).unwrap();
         assert!(is_running(&vm["pid"]));
         assert!(Command::new("kill").args(["-KILL", &vm["launcher_pid"].to_string()]).status().unwrap().success());
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while is_running(&vm["launcher_pid"]) {
-            assert!(Instant::now() < deadline, "a killed process does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        assert!(!self.names().iter().any(|other| other == name));
-        assert!(!is_running(&vm["pid"]), "the VMM lives on");
-        assert_eq!(self.left().len(), all.len() - 1, "{:?}", self.left());
+        wait_for_end(&vm["launcher_pid"]);
+        vm["pid"].clone()
+    }
+}
+
+fn wait_for_end(pid: &Value) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while is_running(pid) {
+        assert!(Instant::now() < deadline, "process {pid} does not end");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -146,8 +153,12 @@ fn vms_are_found_used_granted_files_and_ended() {
     assert_eq!(place.names(), ["sh-1", "sh-2"]);
     place.spectrum(&["kill", "sh-1"]);
     assert_eq!(two.wait().0.code(), Some(125));
-    place.kill_launcher("sh-2");
+
+    // The guest notices that its launcher is gone, and powers off; the files wait for who looks next.
+    wait_for_end(&place.kill_launcher("sh-2"));
     assert!(three.ended().is_some());
+    assert_eq!(place.left().len(), 1);
+    assert_eq!(place.names(), [""; 0]);
     assert!(place.left().is_empty(), "{:?}", place.left());
 }
 
@@ -161,7 +172,22 @@ fn a_clone_is_found_granted_files_and_ended_with_its_launcher() {
     let vms = place.ps();
     assert!(vms.len() == 1 && vms[0]["origin"] == "clone", "{vms:?}\n{}", clone.said());
     assert_eq!(place.spectrum(&["exec", "clone", "--", "cat", "/host/letter.txt"]), "for a clone\n");
-    place.kill_launcher("clone");
+    // A guest that does nothing about the end of its launcher is ended.
+    let folder = place.files.path().display().to_string();
+    place.spectrum(&["grant", "clone", &folder, "--write", "--as", "box"]);
+    let stop_all = "kill -STOP -1; echo > /host/box/stopped";
+    let stopping = place.command(&["exec", "clone", "--user", "root", "--", "sh", "-c", stop_all]).spawn();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !place.files.path().join("stopped").exists() {
+        assert!(Instant::now() < deadline, "the guest does not stop");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let vmm = place.kill_launcher("clone");
+    assert!(is_running(&vmm));
+    assert_eq!(place.names(), [""; 0]);
+    assert!(!is_running(&vmm), "it lives on");
+    assert!(place.left().is_empty(), "{:?}", place.left());
+    assert_eq!(stopping.unwrap().wait().unwrap().code(), Some(125));
 
     // Its siblings do not notice.
     let mut other = place.run(&[]);

@@ -288,9 +288,10 @@ mod tests {
         }
         let all = lock_base(&base).unwrap();
         sweep(&base, &all).unwrap();
-        assert_eq!(fs::read_dir(&base).unwrap().count(), 0);
-        assert!(!orphan.is_alive() && stranger.is_alive());
+        let alive = [orphan, stranger].map(ProcessId::is_alive);
         sleepers.iter_mut().for_each(|child| child.kill().and_then(|()| child.wait().map(drop)).unwrap());
+        assert_eq!(alive, [false, true]);
+        assert_eq!(fs::read_dir(&base).unwrap().count(), 0);
     }
 
     #[test]
