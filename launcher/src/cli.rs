@@ -3,6 +3,9 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
+pub use vms::{GrantOptions, PlaceOptions, VmCommand};
+
+mod vms;
 
 /// Runs each application in its own virtual machine.
 #[derive(Debug, Parser)]
@@ -23,6 +26,9 @@ pub enum Command {
     ///
     /// The application's exit status becomes that of this command; 125 means that the VM failed.
     Run(RunOptions),
+    /// Commands about VMs that run
+    #[command(flatten)]
+    Vm(VmCommand),
     /// Make, list and remove templates
     #[command(subcommand)]
     Template(TemplateCommand),
@@ -234,6 +240,9 @@ pub struct RunOptions {
     /// Boot the VM instead of cloning the warm template
     #[arg(long, env = "SPECTRUM_BOOT")]
     pub boot: bool,
+    /// Which VM, and what it may use
+    #[command(flatten)]
+    pub place: PlaceOptions,
     /// Show the VMM's messages and the VM's console on standard error
     #[arg(long)]
     pub debug: bool,

@@ -52,6 +52,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
             apps::fill_in(&Places::find()?, &mut options)?;
             return Ok(run::run(&home, &options)?);
         }
+        Command::Vm(command) => return Ok(run::vms::dispatch(command)?),
         Command::Template(command) => template(command)?,
         Command::Apps { json } => print(&apps::list(&Places::find()?, json)?)?,
         Command::App(AppCommand::Add { file }) => print_paths(&apps::menu::add(&Places::find()?, &file)?)?,

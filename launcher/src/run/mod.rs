@@ -5,12 +5,17 @@
 //! private folder that goes away.
 
 mod folder;
+mod grants;
 mod identity;
+mod journal;
 pub mod options;
+mod process;
 mod relay;
 mod signals;
+mod state;
 mod tail;
 mod vm;
+pub mod vms;
 mod warm;
 
 use std::{path::Path, process::ExitCode};
@@ -36,7 +41,13 @@ pub enum RunError {
     #[error(transparent)]
     Options(#[from] options::OptionsError),
     #[error(transparent)]
+    Folder(#[from] folder::FolderError),
+    #[error(transparent)]
     Vm(#[from] vm::VmError),
+    #[error(transparent)]
+    Vms(#[from] vms::VmsError),
+    #[error(transparent)]
+    Grant(#[from] grants::GrantError),
     #[error(transparent)]
     Warm(#[from] warm::WarmError),
     #[error("lost the agent in the VM: {0}")]
@@ -59,6 +70,9 @@ fn io_error<E: Into<std::io::Error>>(what: &'static str) -> impl Fn(E) -> RunErr
 
 /// Runs the application and gives its exit status, as a shell would.
 pub fn run(home: &Home, options: &RunOptions) -> Result<ExitCode, RunError> {
+    if let Some(name) = &options.place.vm {
+        return vms::run_in(name, options);
+    }
     let settings = Settings::new(home, options)?;
     // Before anything is started, or a signal could leave it behind.
     let signals = Signals::new().map_err(io_error("receive signals"))?;
@@ -97,7 +111,8 @@ fn start(home: &Home, settings: &Settings, signals: &Signals, options: &RunOptio
         Vm::clone_of(&mut zygote, warm.log(), settings)
     });
     match cloned {
-        Err(error @ RunError::Interrupted(_)) => Err(error),
+        // Booting would not help.
+        Err(error @ (RunError::Interrupted(_) | RunError::Folder(_))) => Err(error),
         Err(error) => {
             tell(&format!("booting, since a clone is not to be had: {error}"));
             Vm::boot(settings)
@@ -132,6 +147,11 @@ pub fn cool(home: &Home, template: &str) -> Result<(), RunError> {
 fn in_vm(vm: &mut Vm, signals: &Signals, settings: &Settings, options: &RunOptions) -> Result<ExitStatus, RunError> {
     vm.wait_for_agent(signals)?;
     identity::give(vm.connect()?, &settings.hostname)?;
+    if !settings.grants.is_empty() {
+        let mut api = vm.api().map_err(grants::GrantError::Vmm)?;
+        settings.grants.iter().try_for_each(|grant| grant.give(&mut api).map(drop))?;
+    }
+    vm.is_ready()?;
     let request = Request::Run(Run {
         argv: options.command.clone(),
         env: settings.environment.clone(),

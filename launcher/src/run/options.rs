@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use super::{grants::Grant, state::About};
 use crate::{
     cli::{RunOptions, WarmOptions},
     home::Home,
@@ -48,6 +49,10 @@ pub enum OptionsError {
 /// What a VM is started with.
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// What is written down about it.
+    pub about: About,
+    /// Files and folders it may use from the start.
+    pub grants: Vec<Grant>,
     /// The template.
     pub template: Template,
     /// The VMM's program.
@@ -77,13 +82,21 @@ impl Settings {
         check_key_value(&template.folder)?;
         let wayland = if options.no_wayland { None } else { Some(wayland_socket(options.wayland.as_deref())?) };
         let program = options.command.first().map(Path::new).and_then(Path::file_name).unwrap_or_default();
+        let hostname = hostname(program);
         Ok(Self {
+            about: About {
+                name: options.place.name.clone(),
+                program: hostname.clone(),
+                template: name_of(&template),
+                command: options.command.clone(),
+            },
+            grants: options.place.grant.iter().map(|text| Grant::parse(text)).collect(),
             template,
             vmm: find_vmm(options.vmm.as_deref())?,
             wayland,
             memory: options.memory.clone().unwrap_or_else(|| DEFAULT_MEMORY.to_owned()),
             cpus: options.cpus.unwrap_or(DEFAULT_CPUS),
-            hostname: hostname(program),
+            hostname,
             environment: environment(&options.env)?,
             vmm_arguments: options.vmm_arg.clone(),
             debug: options.debug,
@@ -98,6 +111,8 @@ impl Settings {
         let template = template::open(home, &options.name)?;
         check_key_value(&template.folder)?;
         Ok(Self {
+            about: About { name: None, program: "template".into(), template: name_of(&template), command: Vec::new() },
+            grants: Vec::new(),
             template,
             vmm: find_vmm(options.vmm.as_deref())?,
             wayland: (!options.no_wayland).then(|| "/run/no-compositor".into()),
@@ -118,6 +133,10 @@ impl Settings {
         }
         (!self.vmm_arguments.is_empty()).then_some("a clone's VMM takes no --vmm-arg")
     }
+}
+
+fn name_of(template: &Template) -> String {
+    template.folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn template_name(home: &Home, named: Option<&str>) -> Result<String, OptionsError> {
@@ -171,7 +190,7 @@ fn check_key_value(path: &Path) -> Result<(), OptionsError> {
     }
 }
 
-fn environment(pairs: &[String]) -> Result<BTreeMap<String, String>, OptionsError> {
+pub fn environment(pairs: &[String]) -> Result<BTreeMap<String, String>, OptionsError> {
     let pair = |text: &String| match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err(OptionsError::Environment(text.clone())),

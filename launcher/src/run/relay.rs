@@ -3,23 +3,31 @@
 use std::{
     io::{self, IsTerminal},
     os::fd::{AsFd, BorrowedFd},
+    time::Instant,
 };
 
 use guest_proto::{CHUNK, ExitStatus, FromAgent, LinkError, Reply, Request, STDIN_WINDOW, ToAgent};
 use rustix::{event::PollFlags, io::Errno};
 
-use super::{
-    RunError, io_error,
-    signals::Signals,
-    tail::printable,
-    vm::{AgentLink, Vm},
-};
+use super::{RunError, io_error, signals::Signals, tail::printable, vm::AgentLink};
 
 /// Seconds the agent has to start the application.
 const PATIENCE: u32 = 60;
 
 /// Bytes written at a time: a pipe that is ready for writing takes them without blocking, see pipe(7).
 const PIECE: usize = 4096;
+
+/// A running VM, as far as waiting goes.
+pub trait Waits {
+    /// Waits until one of `wanted` is ready, and gives what happened to each. Signals and the VMM's end are noticed meanwhile.
+    /// `Ok(None)` when `end` has passed.
+    fn wait(
+        &mut self,
+        signals: &Signals,
+        wanted: &[(BorrowedFd<'_>, PollFlags)],
+        end: Option<Instant>,
+    ) -> Result<Option<Vec<PollFlags>>, RunError>;
+}
 
 /// One of the launcher's outputs, with at most one frame waiting for it.
 struct Sink {
@@ -100,7 +108,7 @@ impl Relay {
     }
 
     /// Carries the streams until the application has ended.
-    pub fn run(&mut self, vm: &mut Vm, signals: &Signals) -> Result<ExitStatus, RunError> {
+    pub fn run(&mut self, vm: &mut impl Waits, signals: &Signals) -> Result<ExitStatus, RunError> {
         let mut exit = None;
         let mut open = true;
         loop {

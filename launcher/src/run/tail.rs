@@ -8,6 +8,8 @@ use std::{
 
 use rustix::io::Errno;
 
+use super::journal::Journal;
+
 /// Bytes kept.
 const KEPT: usize = 16 * 1024;
 
@@ -20,12 +22,18 @@ pub struct Tail {
     fd: Option<OwnedFd>,
     kept: VecDeque<u8>,
     echo: bool,
+    journal: Option<Journal>,
 }
 
 impl Tail {
     /// Reads from `fd`, which does not block. With `echo`, everything also goes to standard error as it comes.
     pub fn new(fd: OwnedFd, echo: bool) -> Self {
-        Self { fd: Some(fd), kept: VecDeque::new(), echo }
+        Self { fd: Some(fd), kept: VecDeque::new(), echo, journal: None }
+    }
+
+    /// Lets others read it in `journal`, too.
+    pub fn kept_in(self, journal: Journal) -> Self {
+        Self { journal: Some(journal), ..self }
     }
 
     /// What to wait for, until the other end is closed.
@@ -55,6 +63,8 @@ impl Tail {
         if self.echo {
             let _ = std::io::stderr().write_all(&printable(bytes));
         }
+        // A full disk must not end the VM.
+        let _ = self.journal.as_mut().map(|journal| journal.append(bytes));
         self.kept.extend(bytes);
         let excess = self.kept.len().saturating_sub(KEPT);
         self.kept.drain(..excess);

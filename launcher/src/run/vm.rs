@@ -5,7 +5,7 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd},
         unix::{
             fs::OpenOptionsExt,
             net::{UnixListener, UnixStream},
@@ -21,7 +21,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{CWD, FileType, Mode, OFlags, mknodat},
     io::{Errno, ioctl_fionbio},
-    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+    process::Signal,
 };
 
 use vmm_api::{Client, ClientError};
@@ -29,10 +29,14 @@ use vmm_config::CloneConfig;
 
 use super::{
     RunError,
-    folder::RunFolder,
+    folder::{API, CONSOLE, MESSAGES, RunFolder, VSOCK},
     io_error,
+    journal::Journal,
     options::Settings,
+    process::{ProcessId, Running},
+    relay::Waits,
     signals::Signals,
+    state::Origin,
     tail::{Tail, printable},
 };
 use crate::template::{INITRAMFS, ROOT, VMLINUZ};
@@ -43,9 +47,8 @@ pub type AgentLink = Link<FromAgent, ToAgent>;
 /// Every VM has the same: they share nothing that would need different ones.
 const GUEST_CID: u32 = 3;
 
-/// Sockets in the VM's private folder.
-const API: &str = "api.sock";
-const VSOCK: &str = "vsock.sock";
+/// The name by which the guest mounts the file system with what it was granted.
+const GRANTS_TAG: &str = "host";
 
 /// The identifier that the VMM gives a vsock device.
 const VSOCK_DEVICE: &str = "_vsock0";
@@ -89,7 +92,7 @@ enum Process {
 /// A running VMM. Dropping it ends it.
 pub struct Vm {
     process: Process,
-    pidfd: OwnedFd,
+    running: Running,
     folder: RunFolder,
     ready: UnixListener,
     /// Open for as long as the agent lives.
@@ -103,7 +106,7 @@ pub struct Vm {
 impl Vm {
     /// Starts a VMM that boots.
     pub fn boot(settings: &Settings) -> Result<Self, RunError> {
-        let folder = RunFolder::create().map_err(io_error("make a private folder for the VM"))?;
+        let mut folder = RunFolder::create(&settings.about, Origin::Boot)?;
         // Both must be there before the VM: the agent connects as soon as it can, the console is open from the first line.
         let ready = UnixListener::bind(folder.path(&format!("vsock.sock_{READY_PORT}")))
             .map_err(io_error("listen for the VM"))?;
@@ -112,34 +115,36 @@ impl Vm {
             .map_err(io_error("make a pipe for the VMM's messages"))?;
         ioctl_fionbio(&read, true).map_err(io_error("read the VMM's messages"))?;
         let errors = write.try_clone().map_err(io_error("make a pipe for the VMM's messages"))?;
+        let journal = |name: &str| Journal::new(folder.path(name)).map_err(io_error("keep the VM's messages"));
+        let messages = Some(Tail::new(read, settings.debug).kept_in(journal(MESSAGES)?));
+        let console = Tail::new(console.into(), settings.debug).kept_in(journal(CONSOLE)?);
         let fail = |source| VmError::Start { vmm: settings.vmm.display().to_string(), source };
         let mut command = Command::new(&settings.vmm);
         command.args(arguments(settings, &folder)).stdin(Stdio::null()).stdout(write).stderr(errors);
         let child = command.spawn().map_err(fail)?;
         // The write ends must be the child's alone, or its end would not be seen.
         drop(command);
-        let pidfd = watch(child.id())?;
-        Ok(Self {
-            process: Process::Child(child),
-            pidfd,
-            folder,
-            ready,
-            agent: None,
-            messages: Some(Tail::new(read, settings.debug)),
-            console: Tail::new(console.into(), settings.debug),
-            boot_timeout: settings.boot_timeout,
-        })
+        let (pid, boot_timeout) = (child.id(), settings.boot_timeout);
+        let (process, running) = (Process::Child(child), watch(pid)?);
+        let written = folder.update(|state| state.vmm = ProcessId::of(pid));
+        // From here on it is ended whatever happens.
+        let vm = Self { process, running, folder, ready, agent: None, messages, console, boot_timeout };
+        written?;
+        Ok(vm)
     }
 
     /// Asks a zygote, whose messages are in `log`, for a clone.
     pub fn clone_of(zygote: &mut Client, log: PathBuf, settings: &Settings) -> Result<Self, RunError> {
-        let folder = RunFolder::create().map_err(io_error("make a private folder for the VM"))?;
+        let mut folder = RunFolder::create(&settings.about, Origin::Clone)?;
+        folder.update(|state| state.zygote_log = Some(log.clone()))?;
         let listen = |name: &str| UnixListener::bind(folder.path(name)).map_err(io_error("listen for the VM"));
         let ready = listen(&format!("vsock.sock_{READY_PORT}"))?;
         let (api, vsock) = (listen(API)?, listen(VSOCK)?);
         let (console, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
             .map_err(io_error("make a pipe for the VM's console"))?;
         ioctl_fionbio(&console, true).map_err(io_error("read the VM's console"))?;
+        let journal = Journal::new(folder.path(CONSOLE)).map_err(io_error("keep the VM's messages"))?;
+        let console = Tail::new(console, settings.debug).kept_in(journal);
         let config = CloneConfig {
             fds: ["api", "console", VSOCK_DEVICE].map(String::from).into(),
             vsock_socket: Some(folder.path(VSOCK)),
@@ -148,7 +153,7 @@ impl Vm {
         };
         let info = zygote.clone_vm(config, &[api.as_fd(), write.as_fd(), vsock.as_fd()]).map_err(VmError::Clone)?;
         let pid = u32::try_from(info.pid).unwrap_or_default();
-        let pidfd = watch(pid)?;
+        let (process, running) = (Process::Clone { pid, log }, watch(pid)?);
         // From here on it alone listens. Were it gone already, the number could be another process' by now.
         drop((api, vsock));
         let mut own = Client::connect(&folder.path(API)).map_err(VmError::Clone)?;
@@ -156,61 +161,17 @@ impl Vm {
         if own.ping().map_err(VmError::Clone)?.pid != info.pid {
             return Err(VmError::NoConnection("the clone is not the process that it was said to be".into()).into());
         }
-        Ok(Self {
-            pidfd,
-            process: Process::Clone { pid, log },
-            folder,
-            ready,
-            agent: None,
-            messages: None,
-            console: Tail::new(console, settings.debug),
-            boot_timeout: settings.boot_timeout,
-        })
+        let written = folder.update(|state| state.vmm = ProcessId::of(pid));
+        let boot_timeout = settings.boot_timeout;
+        // From here on it is ended whatever happens.
+        let vm = Self { process, running, folder, ready, agent: None, messages: None, console, boot_timeout };
+        written?;
+        Ok(vm)
     }
 
     /// A connection to the VMM's API.
     pub fn api(&self) -> Result<Client, ClientError> {
         Client::connect(&self.folder.path(API))
-    }
-
-    /// Waits until one of `wanted` is ready, and gives what happened to each. Meanwhile messages are read, signals and the
-    /// VMM's end noticed. `Ok(None)` when `end` has passed.
-    pub fn wait(
-        &mut self,
-        signals: &Signals,
-        wanted: &[(BorrowedFd<'_>, PollFlags)],
-        end: Option<Instant>,
-    ) -> Result<Option<Vec<PollFlags>>, RunError> {
-        let count = {
-            let mut set: Vec<PollFd<'_>> =
-                wanted.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
-            set.push(PollFd::new(&self.pidfd, PollFlags::IN));
-            let messages = self.messages.as_ref().and_then(Tail::fd);
-            let others = signals.fds().chain(messages).chain(self.console.fd());
-            set.extend(others.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-            let left = left.and_then(|left| Timespec::try_from(left).ok());
-            match poll(&mut set, left.as_ref()) {
-                Ok(count) => (count, set.iter().map(PollFd::revents).collect::<Vec<_>>()),
-                Err(Errno::INTR) => (1, vec![PollFlags::empty(); set.len()]),
-                Err(errno) => return Err(io_error("wait for the VM")(errno)),
-            }
-        };
-        let (count, mut happened) = count;
-        self.drain();
-        if let Some(signal) = signals.received() {
-            return Err(RunError::Interrupted(signal));
-        }
-        let vmm_ended = happened.get(wanted.len()).is_some_and(|flags| !flags.is_empty());
-        happened.truncate(wanted.len());
-        // What the guest still said before its end comes first.
-        if vmm_ended
-            && happened.iter().all(|flags| flags.is_empty())
-            && let Some(error) = self.reason_for_loss()
-        {
-            return Err(error.into());
-        }
-        Ok((count > 0).then_some(happened))
     }
 
     /// Waits until the agent says hello.
@@ -240,27 +201,17 @@ impl Vm {
 
     /// A new connection to the agent, through the VMM's socket.
     pub fn connect(&self) -> Result<AgentLink, RunError> {
-        let fail = |error: io::Error| VmError::NoConnection(error.to_string());
-        let mut stream = UnixStream::connect(self.folder.path(VSOCK)).map_err(fail)?;
-        stream.set_read_timeout(Some(PATIENCE)).map_err(fail)?;
-        stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes()).map_err(fail)?;
-        let mut answer = Vec::new();
-        let mut byte = [0];
-        // By single bytes: what follows the line belongs to the agent.
-        while answer.last() != Some(&b'\n') && answer.len() < 32 {
-            stream.read_exact(&mut byte).map_err(fail)?;
-            answer.extend(byte);
-        }
-        if !answer.starts_with(b"OK ") || answer.last() != Some(&b'\n') {
-            return Err(VmError::NoConnection("the VMM refused it".into()).into());
-        }
-        stream.set_read_timeout(None).map_err(fail)?;
-        Ok(AgentLink::new(stream.into())?)
+        connect(&self.folder.path(VSOCK))
+    }
+
+    /// Says that the application can run, and other commands in the VM.
+    pub fn is_ready(&mut self) -> Result<(), RunError> {
+        Ok(self.folder.update(|state| state.ready = true)?)
     }
 
     /// Why the VM is gone, if its VMM has ended or does so at once.
     pub fn reason_for_loss(&mut self) -> Option<VmError> {
-        if !self.wait_for_exit(Duration::from_secs(1)) {
+        if !self.running.wait(Duration::from_secs(1)) {
             return None;
         }
         let how = match &mut self.process {
@@ -289,32 +240,64 @@ impl Vm {
         };
         let vmm = match &self.process {
             Process::Child(_) => self.messages.as_ref().map(|tail| tail.lines(SHOWN)).unwrap_or_default(),
-            Process::Clone { pid, log } => said_by(*pid, log),
+            Process::Clone { pid, log } => {
+                let lines = said_by(*pid, log);
+                lines.get(lines.len().saturating_sub(SHOWN)..).unwrap_or_default().join("\n")
+            }
         };
         let messages = part("the VMM's last messages", vmm) + &part("the VM's console", self.console.lines(SHOWN));
         if messages.is_empty() { "; it said nothing".into() } else { messages }
     }
+}
 
-    /// Waits until the VMM has ended. False when it did not in time.
-    fn wait_for_exit(&self, time: Duration) -> bool {
-        let end = Instant::now() + time;
-        loop {
-            let left = Timespec::try_from(end.saturating_duration_since(Instant::now())).unwrap_or_default();
-            match poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&left)) {
-                Err(Errno::INTR) => {}
-                result => return result.is_ok_and(|count| count > 0),
+impl Waits for Vm {
+    /// Meanwhile messages are read.
+    fn wait(
+        &mut self,
+        signals: &Signals,
+        wanted: &[(BorrowedFd<'_>, PollFlags)],
+        end: Option<Instant>,
+    ) -> Result<Option<Vec<PollFlags>>, RunError> {
+        let count = {
+            let mut set: Vec<PollFd<'_>> =
+                wanted.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+            set.push(PollFd::new(self.running.fd(), PollFlags::IN));
+            let messages = self.messages.as_ref().and_then(Tail::fd);
+            let others = signals.fds().chain(messages).chain(self.console.fd());
+            set.extend(others.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            let left = left.and_then(|left| Timespec::try_from(left).ok());
+            match poll(&mut set, left.as_ref()) {
+                Ok(count) => (count, set.iter().map(PollFd::revents).collect::<Vec<_>>()),
+                Err(Errno::INTR) => (1, vec![PollFlags::empty(); set.len()]),
+                Err(errno) => return Err(io_error("wait for the VM")(errno)),
             }
+        };
+        let (count, mut happened) = count;
+        self.drain();
+        if let Some(signal) = signals.received() {
+            return Err(RunError::Interrupted(signal));
         }
+        let vmm_ended = happened.get(wanted.len()).is_some_and(|flags| !flags.is_empty());
+        happened.truncate(wanted.len());
+        // What the guest still said before its end comes first.
+        if vmm_ended
+            && happened.iter().all(|flags| flags.is_empty())
+            && let Some(error) = self.reason_for_loss()
+        {
+            return Err(error.into());
+        }
+        Ok((count > 0).then_some(happened))
     }
 }
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        if !self.wait_for_exit(Duration::ZERO) {
-            let _ = pidfd_send_signal(&self.pidfd, Signal::TERM);
-            if !self.wait_for_exit(PATIENCE) {
-                let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
-                self.wait_for_exit(PATIENCE);
+        if !self.running.wait(Duration::ZERO) {
+            self.running.signal(Signal::TERM);
+            if !self.running.wait(PATIENCE) {
+                self.running.signal(Signal::KILL);
+                self.running.wait(PATIENCE);
             }
         }
         if let Process::Child(child) = &mut self.process {
@@ -323,18 +306,41 @@ impl Drop for Vm {
     }
 }
 
-fn watch(pid: u32) -> Result<OwnedFd, RunError> {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH);
-    pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())).map_err(io_error("watch the VMM"))
+/// A new connection to the agent through `socket`, the VMM's.
+pub fn connect(socket: &Path) -> Result<AgentLink, RunError> {
+    connect_within(socket, PATIENCE)
+}
+
+/// The same with a limit for each of the VMM's answers.
+pub fn connect_within(socket: &Path, time: Duration) -> Result<AgentLink, RunError> {
+    let fail = |error: io::Error| VmError::NoConnection(error.to_string());
+    let mut stream = UnixStream::connect(socket).map_err(fail)?;
+    stream.set_read_timeout(Some(time.max(Duration::from_millis(1)))).map_err(fail)?;
+    stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes()).map_err(fail)?;
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    // By single bytes: what follows the line belongs to the agent.
+    while answer.last() != Some(&b'\n') && answer.len() < 32 {
+        stream.read_exact(&mut byte).map_err(fail)?;
+        answer.extend(byte);
+    }
+    if !answer.starts_with(b"OK ") || answer.last() != Some(&b'\n') {
+        return Err(VmError::NoConnection("the VMM refused it".into()).into());
+    }
+    stream.set_read_timeout(None).map_err(fail)?;
+    Ok(AgentLink::new(stream.into())?)
+}
+
+fn watch(pid: u32) -> Result<Running, RunError> {
+    Running::open(pid).map_err(io_error("watch the VMM"))
 }
 
 /// What the clone `pid` has written into the log that it shares with its siblings.
-fn said_by(pid: u32, log: &Path) -> String {
+pub fn said_by(pid: u32, log: &Path) -> Vec<String> {
     let text = std::fs::read(log).unwrap_or_default();
     let text = String::from_utf8_lossy(&printable(&text)).into_owned();
     let mark = format!("clone {pid}: ");
-    let lines: Vec<&str> = text.lines().filter(|line| line.contains(&mark)).collect();
-    lines.get(lines.len().saturating_sub(SHOWN)..).unwrap_or_default().join("\n")
+    text.lines().filter(|line| line.contains(&mark)).map(str::to_owned).collect()
 }
 
 /// A named pipe the VMM writes the console to. Read here, so that a guest cannot fill the disk; open for writing too, so
@@ -382,6 +388,8 @@ fn arguments(settings: &Settings, folder: &RunFolder) -> Vec<OsString> {
         virtio,
         "--rng".into(),
         "src=/dev/urandom".into(),
+        "--fs".into(),
+        format!("tag={GRANTS_TAG}").into(),
     ];
     if let Some(socket) = &settings.wayland {
         arguments.push("--gpu".into());

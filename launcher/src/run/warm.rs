@@ -68,7 +68,8 @@ impl Warm {
     /// The one that fits to `settings`.
     pub fn of(home: &Home, settings: &Settings) -> Result<Self, RunError> {
         let what = fingerprint(&settings.template, &settings.vmm)?;
-        let shape = format!("{} {} {}", settings.memory, settings.cpus, settings.wayland.is_some());
+        // What is in every VM is part of it too, or a launcher of another version would find what it cannot use.
+        let shape = format!("fs {} {} {}", settings.memory, settings.cpus, settings.wayland.is_some());
         let name = format!("{what}-{}", short_hash(shape.as_bytes()));
         let place = zygote_folder(home, &name);
         let base = folder::base();
@@ -153,6 +154,8 @@ impl Warm {
 
     fn start(&self, vmm: &Path) -> Result<Client, RunError> {
         let fail = |source| RunError::Io { what: "start the zygote", source };
+        // Until the folder's lock is taken it looks like a leftover.
+        let all = folder::lock_base(&folder::base()).map_err(fail)?;
         let _ = fs::remove_dir_all(&self.folder);
         fs::create_dir(&self.folder).map_err(fail)?;
         let created = inotify::init(inotify::CreateFlags::CLOEXEC).map_err(io_error("watch the zygote"))?;
@@ -160,6 +163,7 @@ impl Warm {
             .map_err(io_error("watch the zygote"))?;
         // Locked for as long as the zygote or a clone has it: that keeps the folder.
         let log = folder::lock(&self.folder).map_err(fail)?;
+        drop(all);
         let mut flag = std::ffi::OsString::from("source_url=file://");
         flag.push(&self.snapshot);
         flag.push(",socket=");

@@ -1,5 +1,7 @@
 //! `spectrum run` against a stand-in for the VMM: this test plays the VMM's sockets and the agent.
 
+mod vms;
+
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
@@ -12,8 +14,9 @@ use guest_proto::{ExitStatus, FromAgent, Hello, Identity, Link, Reply, Request, 
 
 type Agent = Link<ToAgent, FromAgent>;
 
-/// Prints its arguments into a pipe and lives until the other pipe is closed or it is told to end.
+/// Says what it shall, prints its arguments into a pipe and lives until the other pipe is closed or it is told to end.
 const VMM: &str = r#"#!/bin/sh
+printf "$FAKE_WORDS" >&2
 printf '%s\n' "$@" END > "$FAKE/arguments"
 read -r how < "$FAKE/end"
 echo "last words" >&2
@@ -85,21 +88,19 @@ impl Fixture {
 
     /// The same for a VMM whose arguments are known.
     fn answer_after(&self, arguments: &[String]) -> (Run, Agent, Agent) {
-        let (listener, _, mut agent, ready) = self.answer_wake_after(arguments);
+        let (listener, _, mut agent, ready) = Self::answer_wake_of(arguments);
         send(&mut agent, &[FromAgent::Reply(Reply::Done)]);
-        match connection(&listener) {
-            (Request::Run(run), agent) => (run, agent, ready),
-            (other, _) => panic!("{other:?}"),
-        }
+        let (run, agent) = request_to_run(&listener);
+        (run, agent, ready)
     }
 
     /// Plays VMM and agent up to the first request: the listener for more, the identity, the connection it came by, and the
     /// one that the agent announced itself on.
     fn answer_wake(&self) -> (UnixListener, Identity, Agent, Agent) {
-        self.answer_wake_after(&self.vmm_arguments())
+        Self::answer_wake_of(&self.vmm_arguments())
     }
 
-    fn answer_wake_after(&self, arguments: &[String]) -> (UnixListener, Identity, Agent, Agent) {
+    fn answer_wake_of(arguments: &[String]) -> (UnixListener, Identity, Agent, Agent) {
         let value = arguments.iter().find_map(|argument| argument.strip_prefix("cid=3,socket=")).unwrap();
         let socket = Path::new(value);
         let listener = UnixListener::bind(socket).unwrap();
@@ -133,6 +134,14 @@ fn connection(listener: &UnixListener) -> (Request, Agent) {
     match agent.exchange(20).unwrap() {
         ToAgent::Request(request) => (request, agent),
         other => panic!("{other:?}"),
+    }
+}
+
+/// The launcher's next connection, which is to run something.
+fn request_to_run(listener: &UnixListener) -> (Run, Agent) {
+    match connection(listener) {
+        (Request::Run(run), agent) => (run, agent),
+        (other, _) => panic!("{other:?}"),
     }
 }
 
@@ -303,6 +312,7 @@ fn the_vmm_gets_cloud_hypervisors_options() {
     assert_eq!(value("--pmem"), format!("file={},discard_writes=on", template.join("root.erofs").display()));
     assert_eq!(value("--kernel"), template.join("vmlinuz").display().to_string());
     assert!(value("--cmdline").ends_with("spectrum.root=/dev/pmem0 spectrum.hostname=my-app"));
+    assert_eq!(value("--fs"), "tag=host");
     assert_eq!(arguments.last().unwrap(), "-v");
     fixture.end("1");
     assert_eq!(child.wait_with_output().unwrap().status.code(), Some(125));

@@ -1,0 +1,201 @@
+//! VMs that run are found by their names, used, granted files, and ended, by others than the launcher that started them.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use tests::desktop::{Application, Owner};
+use tests::{agent, programs};
+
+/// A home with the template in it, a runtime folder, and a folder of files, of the test's own.
+struct Place {
+    home: TempDir,
+    runtime: TempDir,
+    files: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let home = tempfile::tempdir().unwrap();
+        fs::create_dir(home.path().join("templates")).unwrap();
+        symlink(agent::template(), home.path().join("templates/default")).unwrap();
+        let runtime = tempfile::Builder::new().prefix("rt").tempdir().unwrap();
+        Self { home, runtime, files: tempfile::tempdir().unwrap() }
+    }
+
+    fn settings(&self) -> [(&str, &Path); 2] {
+        [("SPECTRUM_HOME", self.home.path()), ("XDG_RUNTIME_DIR", self.runtime.path())]
+    }
+
+    /// Runs an application that says when it is there.
+    fn run(&self, options: &[&str]) -> Application {
+        let options = [&["--template", "default"], options].concat();
+        Application::start_with(None, &options, &self.settings(), &["sh", "-c", "echo up; exec sleep 1000"])
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(programs::program("spectrum"));
+        command.args(arguments).envs(self.settings()).stdin(Stdio::null());
+        command
+    }
+
+    fn output(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    fn spectrum(&self, arguments: &[&str]) -> String {
+        let output = self.output(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn ps(&self) -> Vec<Value> {
+        serde_json::from_str(&self.spectrum(&["ps", "--json"])).unwrap()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.ps().iter().map(|vm| vm["name"].as_str().unwrap().to_owned()).collect()
+    }
+
+    fn file(&self, name: &str, text: &str) -> String {
+        let path = self.files.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    }
+
+    /// What is in the runtime folder, but for zygotes.
+    fn left(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.runtime.path().join("spectrum")).unwrap().flatten();
+        entries.map(|entry| entry.path()).filter(|path| !path.to_string_lossy().contains("/zygote-")).collect()
+    }
+
+    /// Kills the launcher of a VM, which then can do nothing. The VM's process.
+    fn kill_launcher(&self, name: &str) -> Value {
+        let all = self.ps();
+        let vm = all.iter().find(|vm| vm["name"] == name).unwrap();
+        assert!(is_running(&vm["pid"]));
+        assert!(Command::new("kill").args(["-KILL", &vm["launcher_pid"].to_string()]).status().unwrap().success());
+        wait_for_end(&vm["launcher_pid"]);
+        vm["pid"].clone()
+    }
+}
+
+fn wait_for_end(pid: &Value) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while is_running(pid) {
+        assert!(Instant::now() < deadline, "process {pid} does not end");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether a process has not ended; a zombie has.
+fn is_running(pid: &Value) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+/// From the first of their lives to the last.
+#[test]
+fn vms_are_found_used_granted_files_and_ended() {
+    let place = Place::new();
+    let letter = place.file("letter.txt", "for one alone\n");
+    let given = place.file("given.txt", "from the start\n");
+    let mut one = place.run(&["--boot", "--name", "one", "--grant", &format!("{given}:rw")]);
+    let mut two = place.run(&["--boot"]);
+    let mut three = place.run(&["--boot"]);
+    for vm in [&mut one, &mut two, &mut three] {
+        vm.hear("up");
+    }
+    assert_eq!(place.names(), ["one", "sh-1", "sh-2"]);
+    for vm in place.ps() {
+        assert_eq!((&vm["state"], &vm["origin"]), (&"running".into(), &"boot".into()), "{vm}");
+        assert!(is_running(&vm["pid"]) && is_running(&vm["launcher_pid"]), "{vm}");
+    }
+
+    let output = place.output(&["exec", "one", "--", "sh", "-c", "hostname; echo no >&2; exit 3"]);
+    assert_eq!((output.status.code(), &*output.stdout, &*output.stderr), (Some(3), &b"sh\n"[..], &b"no\n"[..]));
+    let output = place.output(&["exec", "oen", "--", "true"]);
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "spectrum: there is no VM called \"oen\": did you mean one?\n");
+    let in_vm = ["run", "--vm", "one", "sh", "-c", "echo $WAYLAND_DISPLAY; pgrep -c -x sleep"];
+    assert_eq!(place.spectrum(&in_vm), "wayland-0\n1\n", "it is the same VM");
+
+    // A file for reading, a folder for writing, nothing for others.
+    assert_eq!(place.spectrum(&["grant", "one", &letter]), "/host/letter.txt\n");
+    let read = ["exec", "one", "--", "cat", "/host/letter.txt"];
+    assert_eq!(place.spectrum(&read), "for one alone\n");
+    let write = |path: &str| place.output(&["exec", "one", "--", "sh", "-c", &format!("echo changed > {path}")]).status;
+    assert!(!write("/host/letter.txt").success(), "it was granted for reading");
+    assert!(!place.output(&["exec", "sh-1", "--", "cat", "/host/letter.txt"]).status.success());
+    assert!(write("/host/given.txt").success());
+    assert_eq!(fs::read_to_string(&given).unwrap(), "changed\n");
+    let folder = place.files.path().display().to_string();
+    assert_eq!(place.spectrum(&["grant", "one", &folder, "--write", "--as", "box"]), "/host/box\n");
+    assert!(write("/host/box/new").success());
+    assert_eq!(fs::read_to_string(place.files.path().join("new")).unwrap(), "changed\n");
+    place.spectrum(&["revoke", "one", "letter.txt"]);
+    assert!(!place.output(&read).status.success(), "it was taken back");
+
+    // What the guest says is kept.
+    let said = ["exec", "one", "--user", "root", "--", "sh", "-c", "echo hello from within > /dev/console"];
+    place.spectrum(&said);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !place.spectrum(&["logs", "one"]).contains("hello from within") {
+        assert!(Instant::now() < deadline, "{}", place.spectrum(&["logs", "one"]));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+
+    place.spectrum(&["stop", "one", "--timeout", "120"]);
+    assert!(one.ended().is_some(), "its launcher ends with it");
+    assert_eq!(place.names(), ["sh-1", "sh-2"]);
+    place.spectrum(&["kill", "sh-1"]);
+    assert_eq!(two.wait().0.code(), Some(125));
+
+    // The guest notices that its launcher is gone, and powers off; the files wait for who looks next.
+    wait_for_end(&place.kill_launcher("sh-2"));
+    assert!(three.ended().is_some());
+    assert_eq!(place.left().len(), 1);
+    assert_eq!(place.names(), [""; 0]);
+    assert!(place.left().is_empty(), "{:?}", place.left());
+}
+
+/// Clones are no children of their launchers, and the same holds for them.
+#[test]
+fn a_clone_is_found_granted_files_and_ended_with_its_launcher() {
+    let place = Place::new();
+    let letter = place.file("letter.txt", "for a clone\n");
+    let mut clone = place.run(&["--name", "clone", "--grant", &letter]);
+    clone.hear("up");
+    let vms = place.ps();
+    assert!(vms.len() == 1 && vms[0]["origin"] == "clone", "{vms:?}\n{}", clone.said());
+    assert_eq!(place.spectrum(&["exec", "clone", "--", "cat", "/host/letter.txt"]), "for a clone\n");
+    // A guest that does nothing about the end of its launcher is ended.
+    let folder = place.files.path().display().to_string();
+    place.spectrum(&["grant", "clone", &folder, "--write", "--as", "box"]);
+    let stop_all = "kill -STOP -1; echo > /host/box/stopped";
+    let stopping = place.command(&["exec", "clone", "--user", "root", "--", "sh", "-c", stop_all]).spawn();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !place.files.path().join("stopped").exists() {
+        assert!(Instant::now() < deadline, "the guest does not stop");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let vmm = place.kill_launcher("clone");
+    assert!(is_running(&vmm));
+    assert_eq!(place.names(), [""; 0]);
+    assert!(!is_running(&vmm), "it lives on");
+    assert!(place.left().is_empty(), "{:?}", place.left());
+    assert_eq!(stopping.unwrap().wait().unwrap().code(), Some(125));
+
+    // Its siblings do not notice.
+    let mut other = place.run(&[]);
+    other.hear("up");
+    assert_eq!(place.names(), ["sh-1"]);
+    assert!(!place.output(&["exec", "sh-1", "--", "cat", "/host/letter.txt"]).status.success());
+    place.spectrum(&["stop", "sh-1", "--timeout", "120"]);
+    assert_eq!(place.names(), [""; 0]);
+    assert!(place.left().is_empty(), "{:?}", place.left());
+    place.spectrum(&["template", "rm", "default"]);
+}
