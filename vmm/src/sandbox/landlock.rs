@@ -121,9 +121,11 @@ fn restrict(rules: &[Rule]) -> Result<(), LandlockError> {
         .map_err(LandlockError::Missing)?;
     for Rule { path, need, what } in rules {
         let fail = |source| LandlockError::Path { what, path: path.clone(), source };
+        let directory = std::fs::metadata(path).map_err(fail)?.is_dir();
         let fd = PathFd::new(path).map_err(|e| fail(io::Error::other(e)))?;
-        // What is no directory gets the rights that go with files: the crate looks.
-        ruleset = ruleset.add_rule(PathBeneath::new(fd, need.access()))?;
+        // The crate would take the rest away itself, and call that enforced in part.
+        let access = if directory { need.access() } else { need.access() & AccessFs::from_file(WANTED) };
+        ruleset = ruleset.add_rule(PathBeneath::new(fd, access))?;
     }
     let status = ruleset.restrict_self()?;
     log::info!("confined to {} paths with Landlock ({:?})", rules.len(), status.ruleset);
