@@ -52,7 +52,10 @@ pub fn hold(port: &str) -> Outcome {
     match File::from(socket).read(&mut [0]) {
         Ok(0) => Ok("end of file".into()),
         Ok(_) => Err("the host says something".into()),
-        Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Ok("reset".into()),
+        // Linux tells who waits already that the connection was reset, and who comes later that there is none.
+        Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::NotConnected) => {
+            Ok("reset".into())
+        }
         Err(e) => Err(text(e)),
     }
 }
