@@ -35,7 +35,7 @@ fn machine() -> MachineState {
     let config = VmConfig::from_json(CONFIG.as_bytes()).expect("a configuration");
     let host = HostFacts { memory: 1 << 30, page_size: 4096, max_vcpus: 1, ..HostFacts::default() };
     let plan = Plan::new(&config, &PlanFacts { host, physical_bits: 40 }).expect("a plan");
-    let transport = spectrum_fuzz::transport(ram(), None).expect("a PCI function");
+    let transport = spectrum_fuzz::transport(ram(), None, &Arc::default()).expect("a PCI function");
     transport.resume().expect("a thread");
     let write = |at, value: u64, len: usize| transport.write(at, &value.to_le_bytes()[..len]);
     // Acknowledge, driver; VERSION_1; features are fine; the queue's size, rings and enable bit; go.
@@ -107,7 +107,7 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(verified, memory.iter().all(|byte| *byte == 0) && sums.iter().all(|byte| *byte == 0));
     IoApic::new(Arc::new(Nobody)).restore(&snapshot.state.ioapic);
     for device in &snapshot.state.devices {
-        if let Ok(transport) = spectrum_fuzz::transport(ram(), Some(&device.transport)) {
+        if let Ok(transport) = spectrum_fuzz::transport(ram(), Some(&device.transport), &Arc::default()) {
             transport.resume().expect("a thread");
             transport.pause();
             let _ = transport.save();

@@ -5,6 +5,7 @@ mod engine;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use devices::irq::{Msi, MsiSink};
@@ -100,11 +101,16 @@ impl Doorbells for Nobody {
     fn remove(&self, _: u64, _: &EventFd) {}
 }
 
-/// The PCI function of an entropy device, new or with the state of a snapshot.
+/// The PCI function of an entropy device, new or with the state of a snapshot; it sets `wanting` when it wants to be resumed.
 ///
 /// # Errors
 /// If the state is not one of such a function.
-pub fn transport(mem: Memory, saved: Option<&TransportState>) -> io::Result<Arc<PciTransport>> {
+pub fn transport(
+    mem: Memory,
+    saved: Option<&TransportState>,
+    wanting: &Arc<AtomicBool>,
+) -> io::Result<Arc<PciTransport>> {
+    let wanting = wanting.clone();
     PciTransport::new(Setup {
         id: "_rng".into(),
         device: Box::new(Rng::new(std::fs::File::open("/dev/urandom").expect("entropy"))),
@@ -114,6 +120,7 @@ pub fn transport(mem: Memory, saved: Option<&TransportState>) -> io::Result<Arc<
         msi: Arc::new(Nobody),
         doorbells: Arc::new(Nobody),
         thread_setup: Arc::new(|| Ok(())),
+        wanting: Arc::new(move || wanting.store(true, Ordering::Relaxed)),
         saved,
     })
 }

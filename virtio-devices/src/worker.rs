@@ -134,8 +134,7 @@ const FIRST_SOURCE: u64 = 1 << 16;
 /// What goes to a worker's thread, and comes back from it.
 type Load = (Box<dyn Device>, Active);
 
-/// A thread for one device. It is there from the beginning, so that a vCPU which starts a device needs no right to make
-/// threads, and a device that is reset and started again costs none.
+/// A thread for one device. It stays, so that a device that is reset and started again costs no other.
 pub struct Worker {
     jobs: Sender<(Load, Vec<Arc<EventFd>>)>,
     results: Receiver<Load>,

@@ -442,6 +442,7 @@ impl Vmm {
                         self.outcome = Some(Outcome::Failed(format!("cannot boot again: {e}")));
                     }
                 }
+                MachineEvent::DeviceStarted => self.start_devices(),
                 MachineEvent::Fault(why) => {
                     let lost = self.abandon_without_memory();
                     self.shut_down();
@@ -449,6 +450,16 @@ impl Vmm {
                     self.outcome = Some(Outcome::Failed(format!("the machine stopped: {why}")));
                 }
             }
+        }
+    }
+
+    fn start_devices(&mut self) {
+        // One that is paused does so when it goes on.
+        let running = self.created.as_ref().filter(|created| !created.paused);
+        let started = running.and_then(|created| created.machine.as_ref()).map_or(Ok(()), Machine::start_devices);
+        if let Err(e) = started {
+            self.shut_down();
+            self.outcome = Some(Outcome::Failed(format!("the machine stopped: {e}")));
         }
     }
 }

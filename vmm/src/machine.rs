@@ -28,6 +28,8 @@ pub enum MachineEvent {
     PowerOff,
     /// The guest wants a reset.
     Reset,
+    /// The guest has started a device that has no thread yet: see [`Machine::start_devices`].
+    DeviceStarted,
     /// The machine cannot go on.
     Fault(String),
 }
@@ -79,6 +81,14 @@ impl Machine {
     pub fn resume(&self) -> Result<(), BuildError> {
         self.ondemand.as_ref().map_or(Ok(()), OnDemand::run)?;
         self.vcpus.run();
+        self.start_devices()
+    }
+
+    /// Lets the devices go on, and those that the guest has started meanwhile begin.
+    ///
+    /// # Errors
+    /// If the host has no thread left for one; the machine is paused then.
+    pub fn start_devices(&self) -> Result<(), BuildError> {
         let resumed = self.transports.iter().try_for_each(|t| t.resume());
         resumed.map_err(|source| {
             self.pause();

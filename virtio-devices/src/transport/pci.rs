@@ -55,6 +55,9 @@ pub trait Doorbells: Send + Sync {
 /// What runs first on a device's thread.
 type ThreadSetup = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 
+/// Asks the transport's owner for [`PciTransport::resume`].
+type Wanting = Arc<dyn Fn() + Send + Sync>;
+
 /// What a transport is made of.
 pub struct Setup<'a> {
     /// The device's identifier, for messages and the thread's name.
@@ -73,6 +76,8 @@ pub struct Setup<'a> {
     pub doorbells: Arc<dyn Doorbells>,
     /// Runs first on the device's thread.
     pub thread_setup: ThreadSetup,
+    /// Called on a vCPU's thread when the driver has started the device and it has no thread yet.
+    pub wanting: Wanting,
     /// The transport's state in a snapshot, if this is a restore: the device is paused then, if it was running.
     pub saved: Option<&'a TransportState>,
 }
@@ -82,7 +87,7 @@ enum Running {
     Idle(Box<dyn Device>),
     /// On its thread.
     OnThread,
-    /// Paused by the VMM.
+    /// Paused by the VMM, or waiting for its thread.
     Paused(Box<dyn Device>, Active),
     /// The thread panicked, or the device was shut down; only a new machine helps.
     Gone,
@@ -92,8 +97,10 @@ struct Inner {
     config: PciConfig,
     common: CommonConfig,
     running: Running,
-    /// Made when the machine first goes on; until then a device that is started waits for it.
+    /// Made when there is first something to run, by the transport's owner: a vCPU has no right to make threads.
     worker: Option<Worker>,
+    /// The machine, or its devices, are paused: what the driver starts waits.
+    held: bool,
     /// Queues whose doorbell is registered.
     doorbells: Vec<usize>,
 }
@@ -110,6 +117,7 @@ pub struct PciTransport {
     msix_control: u8,
     pci_cfg: u8,
     thread_setup: ThreadSetup,
+    wanting: Wanting,
     inner: Mutex<Inner>,
 }
 
@@ -191,11 +199,13 @@ impl PciTransport {
             msix_control,
             pci_cfg,
             thread_setup: setup.thread_setup,
+            wanting: setup.wanting,
             inner: Mutex::new(Inner {
                 config,
                 common,
                 running: Running::Idle(setup.device),
                 worker: None,
+                held: true,
                 doorbells: Vec::new(),
             }),
         };
@@ -237,6 +247,7 @@ impl PciTransport {
     /// Stops the device's thread, as before a snapshot; nothing if it does not run. The driver notices nothing.
     pub fn pause(&self) {
         let mut inner = self.lock();
+        inner.held = true;
         inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
             Running::OnThread => match inner.worker.as_ref().and_then(Worker::stop) {
                 Some((device, active)) => Running::Paused(device, active),
@@ -246,24 +257,25 @@ impl PciTransport {
         };
     }
 
-    /// Lets a paused device go on. The first time, this makes the device's thread, which a vCPU that starts a device has
-    /// no right to do.
+    /// Lets a device go on that was paused or has waited for its thread, which is made here; no device that the driver has
+    /// not started costs a thread.
     ///
     /// # Errors
     /// If there is no thread to be had.
     pub fn resume(&self) -> io::Result<()> {
         let mut inner = self.lock();
+        inner.held = false;
+        if !matches!(inner.running, Running::Paused(..)) {
+            return Ok(());
+        }
         if inner.worker.is_none() {
             let setup = self.thread_setup.clone();
             inner.worker = Some(Worker::spawn(&self.id, Box::new(move || setup()))?);
         }
-        if matches!(inner.running, Running::Paused(..)) && inner.doorbells.is_empty() {
+        if inner.doorbells.is_empty() {
             self.add_doorbells(&mut inner);
         }
-        inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
-            Running::Paused(device, active) => self.run(inner.worker.as_ref(), device, active),
-            other => other,
-        };
+        self.run(&mut inner);
         Ok(())
     }
 
@@ -282,9 +294,19 @@ impl PciTransport {
         Running::Gone
     }
 
-    fn run(&self, worker: Option<&Worker>, device: Box<dyn Device>, active: Active) -> Running {
-        let Some(worker) = worker else { return Running::Paused(device, active) };
-        if worker.start(device, active, self.kicks.clone()) { Running::OnThread } else { self.lost() }
+    /// Puts a device that waits onto its thread, if it has one and nothing is to wait.
+    fn run(&self, inner: &mut Inner) {
+        let Some(worker) = inner.worker.as_ref().filter(|_| !inner.held) else { return };
+        inner.running = match std::mem::replace(&mut inner.running, Running::Gone) {
+            Running::Paused(device, active) => {
+                if worker.start(device, active, self.kicks.clone()) {
+                    Running::OnThread
+                } else {
+                    self.lost()
+                }
+            }
+            other => other,
+        };
     }
 
     fn doorbell(&self, queue: usize) -> u64 {
@@ -311,21 +333,23 @@ impl PciTransport {
         }
     }
 
-    /// The driver set DRIVER_OK.
-    fn start(&self, inner: &mut Inner) {
-        let Running::Idle(_) = inner.running else { return };
+    /// The driver set DRIVER_OK. Says whether the device waits for a thread.
+    fn start(&self, inner: &mut Inner) -> bool {
+        let Running::Idle(_) = inner.running else { return false };
         let queues = match self.queues(&inner.common) {
             Ok(queues) => queues,
             Err(index) => {
                 log::warn!("{}: virtqueue {index} is not set up properly", self.id);
                 self.interrupt.needs_reset();
-                return;
+                return false;
             }
         };
         self.add_doorbells(inner);
         if let Running::Idle(device) = std::mem::replace(&mut inner.running, Running::Gone) {
-            inner.running = self.run(inner.worker.as_ref(), device, self.active(queues, &inner.common));
+            inner.running = Running::Paused(device, self.active(queues, &inner.common));
         }
+        self.run(inner);
+        inner.worker.is_none() && !inner.held
     }
 
     /// The queues as the driver set them up, or the number of the first that cannot be.
@@ -425,7 +449,12 @@ impl PciTransport {
                 match inner.common.write(offset - COMMON, data, &self.interrupt) {
                     Asked::Nothing => {}
                     Asked::Reset => self.reset(&mut inner),
-                    Asked::Start => self.start(&mut inner),
+                    Asked::Start => {
+                        if self.start(&mut inner) {
+                            drop(inner);
+                            (self.wanting)();
+                        }
+                    }
                 }
             }
             DEVICE..NOTIFY => self.traits.config.write(offset - DEVICE, data),

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -57,6 +58,10 @@ struct Guest {
     mem: Memory,
     sink: Arc<Sink>,
     bells: Arc<Bells>,
+    /// The transport asked for its owner.
+    wanting: Arc<AtomicBool>,
+    /// Threads that were made.
+    threads: Arc<AtomicUsize>,
 }
 
 const BAR0: u64 = 0xc000_8000;
@@ -68,6 +73,10 @@ fn guest() -> Guest {
 
 fn guest_with(mem: Memory, saved: Option<&TransportState>) -> io::Result<Guest> {
     let (sink, bells) = (Arc::new(Sink::default()), Arc::new(Bells::default()));
+    let wanting = Arc::new(AtomicBool::new(false));
+    let asked = wanting.clone();
+    let threads = Arc::new(AtomicUsize::new(0));
+    let made = threads.clone();
     let transport = PciTransport::new(Setup {
         id: "_rng0".into(),
         device: Box::new(Rng::new(File::open("/dev/urandom").unwrap())),
@@ -76,13 +85,17 @@ fn guest_with(mem: Memory, saved: Option<&TransportState>) -> io::Result<Guest> 
         mem: GuestMemoryAtomic::new(mem.clone()),
         msi: sink.clone(),
         doorbells: bells.clone(),
-        thread_setup: Arc::new(|| Ok(())),
+        thread_setup: Arc::new(move || {
+            made.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }),
+        wanting: Arc::new(move || asked.store(true, Ordering::SeqCst)),
         saved,
     })?;
     if saved.is_none() {
         transport.resume()?;
     }
-    Ok(Guest { transport, mem, sink, bells })
+    Ok(Guest { transport, mem, sink, bells, wanting, threads })
 }
 
 impl Guest {
@@ -94,6 +107,9 @@ impl Guest {
 
     fn write(&self, offset: u64, len: usize, value: u64) {
         self.transport.write(offset, &value.to_le_bytes()[..len]);
+        if self.wanting.swap(false, Ordering::SeqCst) {
+            self.transport.resume().unwrap();
+        }
     }
 
     fn status(&self) -> u64 {
@@ -189,6 +205,48 @@ fn pausing_keeps_the_queue_where_it_was() {
     g.transport.resume().unwrap();
     g.sink.wait(2);
     assert_eq!(g.mem.read_obj::<u16>(GuestAddress(0x3002)).unwrap(), 2);
+}
+
+#[test]
+fn a_device_costs_a_thread_once_it_is_started() {
+    let g = guest();
+    g.transport.pause();
+    g.transport.resume().unwrap();
+    // Its setup would be the first thing a thread does, and dropping a transport does not wait for it.
+    drop(g.transport);
+    assert_eq!(Arc::strong_count(&g.threads), 1, "somebody is there to run it");
+    assert_eq!(g.threads.load(Ordering::SeqCst), 0);
+
+    let g = guest();
+    for round in 1..=3 {
+        g.boot();
+        g.offer(0);
+        g.write(0x3000, 2, 0);
+        g.sink.wait(round);
+        g.write(0x14, 1, 0);
+        (0x2000u64..0x4000).step_by(2).for_each(|at| g.mem.write_obj(0u16, GuestAddress(at)).unwrap());
+    }
+    assert_eq!(g.threads.load(Ordering::SeqCst), 1, "a reset keeps it");
+}
+
+#[test]
+fn a_device_that_is_started_during_a_pause_waits() {
+    let g = guest();
+    // It has a thread, which could run it.
+    g.boot();
+    g.write(0x14, 1, 0);
+    g.transport.pause();
+    g.boot();
+    assert!(!g.wanting.load(Ordering::SeqCst), "whoever paused it will resume it");
+    g.offer(0);
+    g.write(0x3000, 2, 0);
+    let state = saved(&g);
+    assert_eq!(g.mem.read_obj::<u16>(GuestAddress(0x3002)).unwrap(), 0);
+    // A snapshot of it is one of a running device.
+    let r = guest_with(g.mem.clone(), Some(&state)).unwrap();
+    r.transport.resume().unwrap();
+    r.sink.wait(1);
+    assert_eq!(g.mem.read_obj::<u16>(GuestAddress(0x3002)).unwrap(), 1);
 }
 
 /// What a snapshot keeps of a transport, through its form in a file.

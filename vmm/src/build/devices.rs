@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::platform::Platform;
 use super::{BuildError, Ingredients};
+use crate::machine::MachineEvent;
 use crate::memory;
 use crate::plan::{PlannedDevice, WindowKind};
 use crate::snapshot::SavedDevice;
@@ -93,6 +94,8 @@ pub fn build(
     platform: &mut Platform,
 ) -> Result<Devices, BuildError> {
     let through = Arc::new(ThroughKvm(vm.clone()));
+    let report = from.report.clone();
+    let wanting: Arc<dyn Fn() + Send + Sync> = Arc::new(move || report(MachineEvent::DeviceStarted));
     let mut devices = Devices::default();
     for (number, planned) in from.plan.devices.iter().enumerate() {
         let kind = kind_of(planned)?;
@@ -120,6 +123,7 @@ pub fn build(
             msi: through.clone(),
             doorbells: through.clone(),
             thread_setup: from.confinement.device(kind),
+            wanting: wanting.clone(),
             saved: saved.map(|saved| &saved.transport),
         })
         .map_err(|source| BuildError::Host { what: "make a device's PCI function", source })?;
