@@ -105,10 +105,8 @@ impl Confinement for Filters {
 
     fn device(&self, kind: &Kind) -> ThreadSetup {
         match self.device_program(kind) {
-            Ok(program) => {
-                let program = for_this_process(&program);
-                Arc::new(move || apply_filter(&program).map_err(io::Error::other))
-            }
+            // Most clones start few of their devices, so none is prepared for its thread before there is one.
+            Ok(program) => Arc::new(move || apply_filter(&for_this_process(&program)).map_err(io::Error::other)),
             Err(e) => Arc::new(move || Err(io::Error::other(e.to_string()))),
         }
     }

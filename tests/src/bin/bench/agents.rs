@@ -1,7 +1,6 @@
 //! Clones of the template, from the request to the zygote to the agent's first word on vsock, beside a boot of our own to
-//! the same word; and what one takes that did nothing for a minute.
-//!
-//! Cloud Hypervisor's restore and Firecracker's load are not compared.
+//! the same word and beside what other programs take to bring the same guest back; and what one takes that did nothing for
+//! a minute.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,6 +11,7 @@ use tests::zygote::{self, Clone};
 use vmm_api::{Client, Request};
 use vmm_config::SnapshotConfig;
 
+use crate::others::Other;
 use crate::report::{self, Report, Samples};
 use crate::{Failure, memory};
 
@@ -60,13 +60,16 @@ fn idle(client: &mut Client) -> Result<[Samples; 2], Failure> {
     samples
 }
 
-/// Both arms in turn, then the idle ones.
+/// All arms in turn, then the idle ones.
 pub fn clones(runs: usize) -> Result<Vec<Report>, Failure> {
     let files = tempfile::tempdir()?;
     let directory = files.path().join("snapshot");
     boot(Some(&directory))?;
     let (_zygote, mut client) = zygote::start(&directory);
-    let (mut times, mut faults): ([Samples; 2], Samples) = Default::default();
+    let others = Other::all()?;
+    let names: Vec<_> = ["zygote", "cold boot"].into_iter().chain(others.iter().map(|other| other.name)).collect();
+    let mut times: Vec<Samples> = names.iter().map(|_| Samples::default()).collect();
+    let mut faults = Samples::default();
     for run in 0..=runs {
         let start = Instant::now();
         let clone = Clone::new(&mut client);
@@ -75,16 +78,19 @@ pub fn clones(runs: usize) -> Result<Vec<Report>, Failure> {
         let minor = memory::minor_faults(clone.pid)?;
         zygote::end(clone.pid);
         drop(link);
-        let cold = boot(None)?;
+        let mut arms = vec![ours, boot(None)?];
+        for other in &others {
+            arms.push(other.restore()?);
+        }
         // The first is there to warm up.
         if run > 0 {
-            times.iter_mut().zip([ours, cold]).for_each(|(samples, time)| samples.add(time));
+            times.iter_mut().zip(arms).for_each(|(samples, time)| samples.add(time));
             faults.add(minor);
         }
         eprintln!("bench: run {run} of {runs}");
     }
     let [private, unique] = idle(&mut client)?;
-    let mut reports = report::compare("clone_to_vsock_answer", "s", &["zygote", "cold boot"], &times);
+    let mut reports = report::compare("clone_to_vsock_answer", "s", &names, &times);
     reports.extend(report::compare("clone_minor_faults", "faults", &["Debian"], &[faults]));
     reports.extend(report::compare("clone_private_kib", "KiB", &["Debian"], &[private]));
     reports.extend(report::compare("clone_unique_kib", "KiB", &["Debian"], &[unique]));

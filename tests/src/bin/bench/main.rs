@@ -8,7 +8,7 @@
 //!                                                ways to keep its memory would cost
 //!     bench agent-clones [--json] [--runs N]    clones of the template to their agent's first answer, where /dev/kvm is real
 //!
-//! Where a rival is on PATH it runs in turn with ours, and its figures are compared; but clones are not compared with rivals' yet.
+//! Where a rival is on PATH it runs in turn with ours, and its figures are compared.
 
 mod agents;
 mod arms;
@@ -17,6 +17,7 @@ mod floor;
 mod fork;
 mod live;
 mod memory;
+mod others;
 mod report;
 mod shape;
 mod ways;
