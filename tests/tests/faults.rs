@@ -121,6 +121,21 @@ fn a_full_disk_is_named_and_the_machine_goes_on() {
     restores(&out);
 }
 
+/// A limit of the process is an error like another.
+#[test]
+fn a_file_that_may_not_be_so_long_is_named_and_the_machine_goes_on() {
+    let keep = tempfile::tempdir().unwrap();
+    let mut launcher = Command::new("prlimit");
+    launcher.arg("--fsize=8192").arg(programs::program("spectrum-vmm"));
+    let (mut vmm, mut client) = started(VmmCommand::tiny().api().spawn_as(launcher));
+    client.send(&Request::VmPause).unwrap();
+    let directory = keep.path().join("snapshot");
+    let error = refused(&mut client, url(&directory));
+    assert!(error.contains(".partial: File too large"), "{error}");
+    assert_eq!(names(keep.path()), BTreeSet::new());
+    goes_on(&mut vmm, &mut client);
+}
+
 /// Kills a VMM that saves its machine to `directory` when so many things have happened there; whether that was the last.
 fn killed_at(directory: &Path, moment: usize) -> bool {
     use inotify::{CreateFlags, ReadFlags, WatchFlags};

@@ -23,3 +23,4 @@ pub mod vcpu;
 pub mod zygote;
 
 pub use control::{Outcome, Vmm, VmmError};
+pub use process::survive_file_size_limit;

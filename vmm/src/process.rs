@@ -64,6 +64,19 @@ pub fn hold_end_signals(hold: bool) -> io::Result<()> {
     }
 }
 
+/// A file that would become longer than the process may make one (RLIMIT_FSIZE, setrlimit(2)) is an error of that write, not
+/// the end of the process; those that are forked from it inherit that.
+///
+/// # Errors
+/// If the system refuses.
+pub fn survive_file_size_limit() -> io::Result<()> {
+    // SAFETY: no handler is installed, and none is replaced.
+    if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Whether this process has one thread.
 ///
 /// # Errors

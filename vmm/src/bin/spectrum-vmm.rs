@@ -55,6 +55,7 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
     let (api, events) = (take(cli.api_socket.as_ref())?, take(cli.event_monitor.as_ref())?);
     let log = start_logging(cli)?;
     raise_descriptor_limit();
+    vmm::survive_file_size_limit()?;
     let server = match (&cli.api_socket, api) {
         (Some(Endpoint::Path(path)), _) => Some(Server::bind(path)?),
         (_, Some(fd)) => Some(Server::from_listener(fd)?),
