@@ -53,7 +53,7 @@ pub const AGENT_PORT: u32 = 5000;
 pub const READY_PORT: u32 = 5001;
 
 /// Version of this protocol; both sides must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Bytes of standard input that may be sent before the agent has granted more.
 pub const STDIN_WINDOW: usize = 64 * 1024;

@@ -18,6 +18,13 @@ pub enum Request {
     /// Makes the VM another one than its twins. Comes before the first [`Request::Run`], and again each time the agent has
     /// said [`Hello`].
     Wake(Identity),
+    /// Puts a folder in the place of an account's home, for good. What that was made with is copied into a folder that is empty.
+    Home {
+        /// Account in the guest's `/etc/passwd`.
+        user: String,
+        /// The folder.
+        source: String,
+    },
     /// Starts a process; this connection then carries its streams.
     Run(Run),
     /// Stops every process and powers the VM off.
@@ -200,9 +207,12 @@ mod tests {
             boot_id: BootId::from_random([2; 16]),
             hostname: Some("foot".parse().unwrap()),
         };
+        let home = Request::Home { user: "user".into(), source: "/host/.home".into() };
         let nameless = Identity { hostname: None, ..identity.clone() };
         let wake = [identity, nameless].map(Request::Wake);
-        for request in [Request::Ping, Request::Run(run), Request::PowerOff, Request::Reboot].into_iter().chain(wake) {
+        for request in
+            [Request::Ping, home, Request::Run(run), Request::PowerOff, Request::Reboot].into_iter().chain(wake)
+        {
             round_trip(&ToAgent::Request(request));
         }
         round_trip(&ToAgent::Stdin(vec![]));

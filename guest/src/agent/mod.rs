@@ -3,6 +3,7 @@
 pub mod accounts;
 mod announce;
 mod gate;
+mod home;
 pub mod process;
 mod session;
 mod wake;

@@ -22,7 +22,7 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open},
 };
 
-use super::{AgentLink, gate::Gate, process, wake::WakeError};
+use super::{AgentLink, gate::Gate, home, process, wake::WakeError};
 use crate::init::Ending;
 
 /// Seconds the launcher has for its request, and for taking the last frame.
@@ -75,7 +75,10 @@ pub fn serve(
         Request::Wake(identity) => (gate.wake(|| wake(&identity)).map_or_else(|error| failed(&error), |()| DONE), None),
         Request::PowerOff => (DONE, Some(Ending::PowerOff)),
         Request::Reboot => (DONE, Some(Ending::Reboot)),
-        Request::Run(_) if !gate.is_awake() => (failed(&ASLEEP), None),
+        Request::Run(_) | Request::Home { .. } if !gate.is_awake() => (failed(&ASLEEP), None),
+        Request::Home { user, source } => {
+            (home::keep(&user, source.as_ref()).map_or_else(|error| failed(&error), |()| DONE), None)
+        }
         Request::Run(run) => {
             let result = serve_run(&mut link, &run);
             if run.then_power_off {

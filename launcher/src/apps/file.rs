@@ -1,6 +1,10 @@
 //! An app file: what one application may use, in TOML.
 
-use std::{fmt, num::NonZeroU8, path::Path};
+use std::{
+    fmt,
+    num::NonZeroU8,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use toml::de::DeTable;
@@ -134,6 +138,16 @@ impl TryFrom<String> for SharePath {
     }
 }
 
+impl SharePath {
+    /// Where it is, if `~` is `home`. Nothing if that is needed and not known.
+    pub fn below(&self, home: Option<&Path>) -> Option<PathBuf> {
+        match self.0.strip_prefix("~/") {
+            Some(rest) => home.map(|home| home.join(rest)),
+            None => Some(self.0.clone().into()),
+        }
+    }
+}
+
 impl From<SharePath> for String {
     fn from(path: SharePath) -> Self {
         path.0
@@ -225,8 +239,6 @@ impl App {
     /// silently: an application would lose what it should keep, or a limit that its user relies on would not hold.
     pub fn not_yet(&self) -> Option<(&'static str, &'static str)> {
         let asked = [
-            (self.persist.is_some(), "persist", "home directories are not kept yet"),
-            (!self.shares.is_empty(), "shares", "no file of the host can be shared with a VM yet"),
             (self.network != Network::None, "network", "VMs have no network yet"),
             (
                 self.clipboard != Clipboard::Allow,
@@ -326,8 +338,6 @@ mod tests {
     #[test]
     fn what_does_not_exist_yet_is_named() {
         let table = [
-            ("persist = \"home\"", "persist"),
-            ("shares = [{ path = \"~/x\" }]", "shares"),
             ("network = \"internet\"", "network"),
             ("network = \"host:80\"", "network"),
             ("clipboard = \"ask\"", "clipboard"),
@@ -337,7 +347,7 @@ mod tests {
         for (text, key) in table {
             assert_eq!(parse(text).unwrap().not_yet().unwrap().0, key, "{text}");
         }
-        let harmless = "network = \"none\"\nclipboard = \"allow\"\nsound = false\nshares = []\ngpu = \"cross-domain\"";
+        let harmless = "network = \"none\"\nclipboard = \"allow\"\nsound = false\npersist = \"web\"\nshares = [{ path = \"~/x\" }]\ngpu = \"cross-domain\"";
         assert_eq!(parse(harmless).unwrap().not_yet(), None);
     }
 

@@ -9,13 +9,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use file::App;
+use file::{App, Share};
 use serde::Serialize;
 
 use crate::{
     cli::RunOptions,
     home::{HomeError, is_name},
     places::Places,
+    run::grants::Grant,
     text::{self, TextError},
 };
 
@@ -42,6 +43,24 @@ pub enum AppError {
         key: &'static str,
         /// What is not there.
         why: &'static str,
+    },
+    /// Nothing says what `~` stands for.
+    #[error("{path} shares {share}, but HOME is not set", path = .path.display())]
+    NoHome {
+        /// Its file.
+        path: PathBuf,
+        /// What it shares.
+        share: String,
+    },
+    /// What it shares is not there.
+    #[error("{path} shares {share}, which cannot be used ({source}): make it, or take it out of the file", path = .path.display(), share = .share.display())]
+    NoShare {
+        /// Its file.
+        path: PathBuf,
+        /// What it shares.
+        share: PathBuf,
+        /// The system's reason.
+        source: io::Error,
     },
     /// The list cannot be shown.
     #[error("cannot write the list: {0}")]
@@ -122,9 +141,24 @@ pub fn fill_in(places: &Places, options: &mut RunOptions) -> Result<(), AppError
     }
     options.template = options.template.take().or(app.template.map(String::from));
     options.memory = options.memory.take().or(app.memory.map(String::from));
+    options.place.persist = options.place.persist.take().or(app.persist.map(String::from));
+    options.place.shares = shares(places, &path, app.shares)?;
     options.cpus = options.cpus.or(app.cpus.map(u8::from));
     options.no_wayland |= !app.wayland && options.wayland.is_none();
     Ok(())
+}
+
+/// What an app is granted from the start.
+fn shares(places: &Places, path: &Path, shares: Vec<Share>) -> Result<Vec<Grant>, AppError> {
+    let grant = |share: Share| {
+        let no_home = || AppError::NoHome { path: path.into(), share: share.path.clone().into() };
+        let place = share.path.below(places.home()).ok_or_else(no_home)?;
+        match fs::metadata(&place) {
+            Ok(_) => Ok(Grant { path: place, writable: share.write, called: None }),
+            Err(source) => Err(AppError::NoShare { path: path.into(), share: place, source }),
+        }
+    };
+    shares.into_iter().map(grant).collect()
 }
 
 /// One line of the list.
@@ -177,6 +211,27 @@ mod tests {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, text).unwrap();
         path
+    }
+
+    #[test]
+    fn what_is_shared_must_be_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let places = Places::at(folder.path());
+        let text = "shares = [{ path = \"~/notes\", write = true }, { path = \"/\" }]\npersist = \"web\"\n";
+        let path = write(&places, 0, "foot.toml", text);
+        let fill_in = |places: &Places| {
+            let cli = <crate::cli::Cli as clap::Parser>::parse_from(["spectrum", "run", "foot"]);
+            let crate::cli::Command::Run(mut options) = cli.command else { panic!() };
+            super::fill_in(places, &mut options).map(|()| (options.place.shares, options.place.persist))
+        };
+        let error = fill_in(&places).unwrap_err().to_string();
+        let notes = folder.path().join("home/notes");
+        assert!(error.starts_with(&format!("{} shares {}, which", path.display(), notes.display())), "{error}");
+        fs::create_dir_all(&notes).unwrap();
+        let (shares, persist) = fill_in(&places).unwrap();
+        let expected = [(notes, true), ("/".into(), false)];
+        let expected = expected.map(|(path, writable)| Grant { path, writable, called: None });
+        assert_eq!((shares, persist.as_deref()), (expected.to_vec(), Some("web")));
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Subcommand};
 
+use crate::run::grants::Grant;
+
 /// The commands about running VMs.
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
@@ -98,10 +100,16 @@ pub struct PlaceOptions {
     #[arg(
         long,
         value_name = "NAME",
-        conflicts_with_all = ["name", "grant", "vmm_arg", "wayland", "no_wayland", "debug"]
+        conflicts_with_all = ["name", "vmm_arg", "wayland", "no_wayland", "debug"]
     )]
     pub vm: Option<String>,
     /// File or folder that the VM may read, or with :rw also change; it is in /host there. May be repeated
     #[arg(long, value_name = "PATH[:rw]")]
     pub grant: Vec<OsString>,
+    /// Keep its home directory under this name, for the next time [default: the app's, else it is gone with the VM]
+    #[arg(long, value_name = "NAME")]
+    pub persist: Option<String>,
+    /// What the app's file shares.
+    #[arg(skip)]
+    pub shares: Vec<Grant>,
 }

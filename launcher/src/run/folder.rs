@@ -102,6 +102,16 @@ impl RunFolder {
         self.folder.path().join(name)
     }
 
+    /// The folder itself.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// What the VM is called.
+    pub fn name(&self) -> &str {
+        &self.state.name
+    }
+
     /// Changes what is written down about the VM.
     pub fn update(&mut self, change: impl FnOnce(&mut State)) -> Result<(), FolderError> {
         change(&mut self.state);
@@ -235,7 +245,7 @@ mod tests {
 
     fn about(name: Option<&str>) -> About {
         let name = name.map(str::to_owned);
-        About { name, program: "foot".into(), template: "default".into(), command: vec!["foot".into()] }
+        About { name, program: "foot".into(), template: "default".into(), command: vec!["foot".into()], persist: None }
     }
 
     fn create(base: &Path, name: Option<&str>) -> Result<RunFolder, FolderError> {

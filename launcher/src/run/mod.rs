@@ -5,10 +5,11 @@
 //! private folder that goes away.
 
 mod folder;
-mod grants;
+pub mod grants;
 mod identity;
 mod journal;
 pub mod options;
+mod persist;
 mod process;
 mod relay;
 mod signals;
@@ -22,6 +23,7 @@ use std::{path::Path, process::ExitCode};
 
 use guest_proto::{ExitStatus, IdentityError, LinkError, Request, Run};
 use options::Settings;
+use persist::Kept;
 use relay::Relay;
 use signals::Signals;
 use vm::Vm;
@@ -48,6 +50,8 @@ pub enum RunError {
     Vms(#[from] vms::VmsError),
     #[error(transparent)]
     Grant(#[from] grants::GrantError),
+    #[error(transparent)]
+    Persist(#[from] persist::PersistError),
     #[error(transparent)]
     Warm(#[from] warm::WarmError),
     #[error("lost the agent in the VM: {0}")]
@@ -76,8 +80,10 @@ pub fn run(home: &Home, options: &RunOptions) -> Result<ExitCode, RunError> {
     let settings = Settings::new(home, options)?;
     // Before anything is started, or a signal could leave it behind.
     let signals = Signals::new().map_err(io_error("receive signals"))?;
+    // Given up after the VM, which is dropped first.
+    let mut kept = settings.about.persist.as_ref().map(|name| Kept::take(home, name)).transpose()?;
     let mut vm = start(home, &settings, &signals, options)?;
-    let result = in_vm(&mut vm, &signals, &settings, options);
+    let result = in_vm(&mut vm, &signals, &settings, options, kept.as_mut());
     match result {
         Ok(status) => {
             vm.wait_for_end(&signals);
@@ -144,12 +150,23 @@ pub fn cool(home: &Home, template: &str) -> Result<(), RunError> {
     Ok(())
 }
 
-fn in_vm(vm: &mut Vm, signals: &Signals, settings: &Settings, options: &RunOptions) -> Result<ExitStatus, RunError> {
+fn in_vm(
+    vm: &mut Vm,
+    signals: &Signals,
+    settings: &Settings,
+    options: &RunOptions,
+    kept: Option<&mut Kept>,
+) -> Result<ExitStatus, RunError> {
     vm.wait_for_agent(signals)?;
     identity::give(vm.connect()?, &settings.hostname)?;
-    if !settings.grants.is_empty() {
-        let mut api = vm.api().map_err(grants::GrantError::Vmm)?;
-        settings.grants.iter().try_for_each(|grant| grant.give(&mut api).map(drop))?;
+    if !settings.grants.is_empty() || kept.is_some() {
+        let (mut api, folder) = (vm.api().map_err(grants::GrantError::Vmm)?, vm.folder().folder());
+        settings.grants.iter().try_for_each(|grant| grant.give(&mut api, folder).map(drop))?;
+        if let Some(kept) = kept {
+            kept.used_by(vm.folder().name(), folder)?;
+            kept.grant().give(&mut api, folder)?;
+            persist::mount(vm.connect()?, &options.user)?;
+        }
     }
     vm.is_ready()?;
     let request = Request::Run(Run {

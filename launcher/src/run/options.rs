@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use super::{grants::Grant, state::About};
+use super::{
+    grants::{self, Grant, GrantError},
+    state::About,
+};
 use crate::{
     cli::{RunOptions, WarmOptions},
     home::Home,
@@ -28,6 +31,8 @@ const DEFAULT_CPUS: u8 = 1;
 pub enum OptionsError {
     #[error(transparent)]
     Template(#[from] TemplateError),
+    #[error(transparent)]
+    Grant(#[from] GrantError),
     #[error("there is no template yet: make one with `spectrum template build {DEFAULT_TEMPLATE}`")]
     NoTemplate,
     #[error("there are several templates ({0}): name one with --template")]
@@ -83,14 +88,17 @@ impl Settings {
         let wayland = if options.no_wayland { None } else { Some(wayland_socket(options.wayland.as_deref())?) };
         let program = options.command.first().map(Path::new).and_then(Path::file_name).unwrap_or_default();
         let hostname = hostname(program);
+        let grants = grants_of(options);
+        grants::check(&grants)?;
         Ok(Self {
             about: About {
                 name: options.place.name.clone(),
                 program: hostname.clone(),
                 template: name_of(&template),
                 command: options.command.clone(),
+                persist: options.place.persist.clone(),
             },
-            grants: options.place.grant.iter().map(|text| Grant::parse(text)).collect(),
+            grants,
             template,
             vmm: find_vmm(options.vmm.as_deref())?,
             wayland,
@@ -111,7 +119,13 @@ impl Settings {
         let template = template::open(home, &options.name)?;
         check_key_value(&template.folder)?;
         Ok(Self {
-            about: About { name: None, program: "template".into(), template: name_of(&template), command: Vec::new() },
+            about: About {
+                name: None,
+                program: "template".into(),
+                template: name_of(&template),
+                command: Vec::new(),
+                persist: None,
+            },
             grants: Vec::new(),
             template,
             vmm: find_vmm(options.vmm.as_deref())?,
@@ -133,6 +147,12 @@ impl Settings {
         }
         (!self.vmm_arguments.is_empty()).then_some("a clone's VMM takes no --vmm-arg")
     }
+}
+
+/// What the command line and the app's file grant.
+pub fn grants_of(options: &RunOptions) -> Vec<Grant> {
+    let named = options.place.grant.iter().map(|text| Grant::parse(text));
+    options.place.shares.iter().cloned().chain(named).collect()
 }
 
 fn name_of(template: &Template) -> String {

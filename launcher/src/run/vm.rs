@@ -169,6 +169,11 @@ impl Vm {
         Ok(vm)
     }
 
+    /// The VM's private folder.
+    pub fn folder(&self) -> &RunFolder {
+        &self.folder
+    }
+
     /// A connection to the VMM's API.
     pub fn api(&self) -> Result<Client, ClientError> {
         Client::connect(&self.folder.path(API))

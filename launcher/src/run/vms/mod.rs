@@ -23,7 +23,7 @@ use super::{
     folder::{self, API, CONSOLE, MESSAGES, VSOCK},
     grants::{self, Grant, GrantError},
     io_error, journal,
-    options::environment,
+    options::{environment, grants_of},
     process::Running,
     relay::{Relay, Waits},
     signals::Signals,
@@ -51,6 +51,8 @@ pub enum VmsError {
     Immortal(String),
     #[error("the VM {0} is not ready yet: wait until `spectrum ps` says that it is running")]
     NotReady(String),
+    #[error("the home directory {wanted:?} is not the one of the VM {name}: run it in a VM of its own")]
+    OtherHome { name: String, wanted: String },
 }
 
 /// Carries one of the commands out.
@@ -71,14 +73,24 @@ pub fn dispatch(command: VmCommand) -> Result<ExitCode, RunError> {
             return Found::by_name(&name)?.exec(Run { argv, env: [].into(), user, cwd: None, then_power_off: false });
         }
         VmCommand::Grant(options) => grant(options)?,
-        VmCommand::Revoke { name, grant } => grants::revoke(&mut Found::by_name(&name)?.api()?, &grant)?,
+        VmCommand::Revoke { name, grant } => {
+            let found = Found::by_name(&name)?;
+            grants::revoke(&mut found.api()?, &found.folder, &grant)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Runs an application in a VM that runs already.
 pub fn run_in(name: &str, options: &RunOptions) -> Result<ExitCode, RunError> {
-    Found::by_name(name)?.exec(Run {
+    let found = Found::by_name(name)?;
+    // An app that loses what it means to keep, or misses a file, is worse than one that does not start.
+    if let Some(wanted) = options.place.persist.as_ref().filter(|wanted| Some(*wanted) != found.state.persist.as_ref())
+    {
+        return Err(VmsError::OtherHome { name: name.into(), wanted: wanted.clone() }.into());
+    }
+    found.give_missing(&grants_of(options))?;
+    found.exec(Run {
         argv: options.command.clone(),
         env: environment(&options.env)?,
         user: options.user.clone(),
@@ -89,7 +101,8 @@ pub fn run_in(name: &str, options: &RunOptions) -> Result<ExitCode, RunError> {
 
 fn grant(options: GrantOptions) -> Result<(), RunError> {
     let grant = Grant { path: options.path, writable: options.write, called: options.called };
-    let place = grant.give(&mut Found::by_name(&options.name)?.api()?)?;
+    let found = Found::by_name(&options.name)?;
+    let place = grant.give(&mut found.api()?, &found.folder)?;
     writeln!(io::stdout(), "{place}").map_err(io_error("write to standard output"))
 }
 
@@ -120,6 +133,20 @@ impl Found {
         let mut api = Client::connect(&self.folder.join(API))?;
         api.set_timeout(Some(PATIENCE))?;
         Ok(api)
+    }
+
+    /// Lets it have those of `grants` that it does not have yet.
+    fn give_missing(&self, grants: &[Grant]) -> Result<(), GrantError> {
+        grants::check(grants)?;
+        let has = grants::list(&self.folder);
+        for grant in grants {
+            let name = grant.name()?;
+            let path = std::path::absolute(&grant.path)?;
+            if !has.iter().any(|had| had.name == name && had.path == path && had.writable == grant.writable) {
+                grant.give(&mut self.api()?, &self.folder)?;
+            }
+        }
+        Ok(())
     }
 
     /// Asks the agent to power off, and does without it when that takes too long.
