@@ -69,6 +69,12 @@ impl Places {
         self.user.iter().chain(self.system.first()).map(|path| path.join("policy"))
     }
 
+    /// The user's lists of applications for MIME types, the one that wins first.
+    pub fn mime_lists(&self) -> Result<[PathBuf; 2], HomeError> {
+        let config = self.user.as_ref().and_then(|path| path.parent()).ok_or(HomeError::NoUser)?;
+        Ok([config.join("mimeapps.list"), self.menu()?.join("mimeapps.list")])
+    }
+
     /// The folder of the user's menu entries.
     pub fn menu(&self) -> Result<PathBuf, HomeError> {
         self.menu.clone().ok_or(HomeError::NoUser)

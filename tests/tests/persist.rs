@@ -35,8 +35,9 @@ impl Place {
         self.user.path().join(name)
     }
 
-    fn settings(&self) -> [(&'static str, std::path::PathBuf); 4] {
+    fn settings(&self) -> [(&'static str, std::path::PathBuf); 5] {
         [
+            ("SPECTRUM_TEMPLATE", "default".into()),
             ("SPECTRUM_HOME", self.path("kept")),
             ("XDG_CONFIG_HOME", self.path("config")),
             ("HOME", self.path("home")),
@@ -52,7 +53,7 @@ impl Place {
 
     fn output(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(programs::program("spectrum"));
-        command.args(arguments).env_remove("SPECTRUM_TEMPLATE").envs(self.settings()).stdin(Stdio::null());
+        command.args(arguments).envs(self.settings()).stdin(Stdio::null());
         command.output().unwrap()
     }
 
@@ -114,5 +115,13 @@ fn a_home_directory_is_kept_and_files_are_shared() {
     assert_eq!(fs::read_to_string(place.path("kept/homes/mine/files/work/file")).unwrap(), "two\n");
     let (_, text) = place.run("cat ~/work/file; ls -A ~ | grep -xc .profile").wait();
     assert_eq!(text, "two\n1\n");
+
+    // A file that is opened is all there is, whatever the app has otherwise.
+    let viewer = "command = [\"sh\", \"-c\", \"cat $0; ls -A /host ~/work\"]\nwayland = false\npersist = \"mine\"\n\
+                  mime = [\"text/plain\"]\nshares = [{ path = \"~/notes\" }]\n";
+    fs::write(place.path("config/spectrum/apps/viewer.toml"), viewer).unwrap();
+    let letter = place.path("home/letter").display().to_string();
+    let opened = place.output(&["open", &letter]);
+    assert_eq!(String::from_utf8_lossy(&opened.stdout), "dear\n/host:\nletter\n", "{opened:?}");
     place.spectrum(&["template", "rm", "default"]);
 }

@@ -44,7 +44,7 @@ mod message;
 pub use frame::{Decoder, MAX_FRAME, MAX_PAYLOAD, Message, ProtoError};
 pub use identity::{BootId, Hostname, Identity, IdentityError, MachineId, Seed};
 pub use link::{Link, LinkError};
-pub use message::{ExitStatus, FromAgent, Hello, Reply, Request, Run, ToAgent};
+pub use message::{ExitStatus, FromAgent, Hello, Reply, Request, Run, ToAgent, Window};
 
 /// The vsock port the agent listens on in the guest.
 pub const AGENT_PORT: u32 = 5000;

@@ -47,9 +47,22 @@ pub struct Run {
     /// Working directory; the account's home without it.
     #[serde(default)]
     pub cwd: Option<String>,
+    /// It gets a terminal of this size, which is all of its streams; without it, three pipes.
+    #[serde(default)]
+    pub terminal: Option<Window>,
     /// Power the VM off when the process has ended, even if the launcher is gone by then.
     #[serde(default)]
     pub then_power_off: bool,
+}
+
+/// The size of a terminal, in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Window {
+    /// Lines.
+    pub rows: u16,
+    /// Characters of a line.
+    pub columns: u16,
 }
 
 /// The agent's answer to a [`Request`].
@@ -102,6 +115,8 @@ pub enum ToAgent {
     Stdin(Vec<u8>),
     /// Kind 3: one byte, a signal number for the process's group.
     Signal(u8),
+    /// Kind 4: the terminal's new size, rows and columns (`u16`, little-endian).
+    Resize(Window),
 }
 
 /// From the agent to the launcher.
@@ -143,6 +158,7 @@ impl Message for ToAgent {
             Self::Request(request) => json(1, request),
             Self::Stdin(bytes) => Ok((2, bytes.clone())),
             Self::Signal(number) => Ok((3, vec![*number])),
+            Self::Resize(window) => Ok((4, [window.rows.to_le_bytes(), window.columns.to_le_bytes()].concat())),
         }
     }
 
@@ -151,6 +167,9 @@ impl Message for ToAgent {
             1 => parse(kind, payload).map(Self::Request),
             2 => Ok(Self::Stdin(payload.to_vec())),
             3 => fixed(kind, payload).map(|[number]| Self::Signal(number)),
+            4 => fixed(kind, payload).map(|[a, b, c, d]| {
+                Self::Resize(Window { rows: u16::from_le_bytes([a, b]), columns: u16::from_le_bytes([c, d]) })
+            }),
             _ => Err(ProtoError::Kind(kind)),
         }
     }
@@ -198,6 +217,7 @@ mod tests {
             env: BTreeMap::from([("A".into(), "1".into())]),
             user: "user".into(),
             cwd: Some("/".into()),
+            terminal: Some(Window { rows: 24, columns: 80 }),
             then_power_off: true,
         };
         let identity = Identity {
@@ -217,6 +237,7 @@ mod tests {
         }
         round_trip(&ToAgent::Stdin(vec![]));
         round_trip(&ToAgent::Signal(9));
+        round_trip(&ToAgent::Resize(Window { rows: 0x1234, columns: 0xfedc }));
         let failed = Reply::Failed { message: "no".into() };
         for reply in [Reply::Pong { version: 1 }, Reply::Started { pid: 7 }, Reply::Done, failed] {
             round_trip(&FromAgent::Reply(reply));
@@ -235,6 +256,7 @@ mod tests {
         assert!(ToAgent::from_parts(9, b"").is_err());
         assert!(ToAgent::from_parts(3, b"").is_err());
         assert!(ToAgent::from_parts(3, b"ab").is_err());
+        assert!(ToAgent::from_parts(4, b"abc").is_err());
         assert!(ToAgent::from_parts(1, br#"{"run":{"argv":[],"user":"u","extra":1}}"#).is_err());
         assert!(FromAgent::from_parts(5, b"abc").is_err());
         assert!(FromAgent::from_parts(6, br#"{"code":256}"#).is_err());

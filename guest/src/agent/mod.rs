@@ -6,6 +6,7 @@ mod gate;
 mod home;
 pub mod process;
 mod session;
+mod terminal;
 mod wake;
 
 use std::{

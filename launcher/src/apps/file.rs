@@ -13,8 +13,20 @@ use vmm_config::keyvalue::{nearest, parse_size};
 use crate::{home::is_name, text::Mistake};
 
 /// Every key of an app file.
-const KEYS: [&str; 11] =
-    ["template", "command", "memory", "cpus", "persist", "shares", "network", "clipboard", "sound", "gpu", "wayland"];
+const KEYS: [&str; 12] = [
+    "template",
+    "command",
+    "mime",
+    "memory",
+    "cpus",
+    "persist",
+    "shares",
+    "network",
+    "clipboard",
+    "sound",
+    "gpu",
+    "wayland",
+];
 
 /// An application. A file that says nothing describes one that has nothing but its windows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +38,9 @@ pub struct App {
     /// Program in the VM and its arguments; else the program that is called like the app.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub command: Vec<String>,
+    /// MIME types of files that it opens, and x-scheme-handler/SCHEME of URLs.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub mime: Vec<Mime>,
     /// Memory of the VM.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<Size>,
@@ -55,6 +70,7 @@ impl Default for App {
         Self {
             template: None,
             command: Vec::new(),
+            mime: Vec::new(),
             memory: None,
             cpus: None,
             persist: None,
@@ -85,6 +101,43 @@ impl TryFrom<String> for Name {
 impl From<Name> for String {
     fn from(name: Name) -> Self {
         name.0
+    }
+}
+
+/// A MIME type, without parameters.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mime(String);
+
+impl TryFrom<String> for Mime {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        // RFC 6838 section 4.2.
+        let is_part = |part: &str| {
+            part.starts_with(|c: char| c.is_ascii_alphanumeric())
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || "!#$&-^_.+".contains(c))
+        };
+        match text.split_once('/') {
+            Some((one, other)) if is_part(one) && is_part(other) => Ok(Self(text)),
+            _ => {
+                Err(format!("{text:?} is no MIME type: write one such as \"text/plain\" or \"x-scheme-handler/https\""))
+            }
+        }
+    }
+}
+
+impl From<Mime> for String {
+    fn from(mime: Mime) -> Self {
+        mime.0
+    }
+}
+
+impl std::ops::Deref for Mime {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
     }
 }
 
@@ -269,6 +322,7 @@ mod tests {
         App {
             template: Some(Name("web".into())),
             command: vec!["firefox".into(), "--new".into()],
+            mime: vec![Mime("text/html".into()), Mime("x-scheme-handler/https".into())],
             memory: Some(Size("2G".into())),
             cpus: NonZeroU8::new(2),
             persist: Some(Name("work".into())),
@@ -311,6 +365,8 @@ mod tests {
             ("cpus = 256", "1:8: "),
             ("cpus = \"two\"", "1:8: invalid type: string \"two\""),
             ("memory = \"lots\"", "1:10: \"lots\" is no size: write one such as \"512M\""),
+            ("mime = [\"text\"]", "\"text\" is no MIME type: write one such as"),
+            ("mime = [\"text/*\"]", "\"text/*\" is no MIME type"),
             ("memory = \"0\"", "1:10: \"0\" is no size"),
             ("memory = 512", "1:10: invalid type: integer"),
             ("\ntemplate = \"../x\"", "2:12: \"../x\" is no name"),

@@ -2,6 +2,7 @@
 
 pub mod file;
 pub mod menu;
+pub mod open;
 
 use std::{
     collections::BTreeMap,
@@ -133,24 +134,29 @@ pub fn fill_in(places: &Places, options: &mut RunOptions) -> Result<(), AppError
     // A path is always a program.
     let Some(name) = options.command.first().filter(|name| is_name(name)).cloned() else { return Ok(()) };
     let Some(Entry { path, app }) = find(places, &name)? else { return Ok(()) };
+    options.place.persist = options.place.persist.take().or(app.persist.clone().map(String::from));
+    options.place.shares = shares(places, &path, &app.shares)?;
+    start_with(&name, path, app, options)
+}
+
+/// The same without what an app keeps and shares.
+fn start_with(name: &str, path: PathBuf, app: App, options: &mut RunOptions) -> Result<(), AppError> {
     if let Some((key, why)) = app.not_yet() {
-        return Err(AppError::NotYet { name, path, key, why });
+        return Err(AppError::NotYet { name: name.into(), path, key, why });
     }
     if !app.command.is_empty() {
         options.command.splice(..1, app.command);
     }
     options.template = options.template.take().or(app.template.map(String::from));
     options.memory = options.memory.take().or(app.memory.map(String::from));
-    options.place.persist = options.place.persist.take().or(app.persist.map(String::from));
-    options.place.shares = shares(places, &path, app.shares)?;
     options.cpus = options.cpus.or(app.cpus.map(u8::from));
     options.no_wayland |= !app.wayland && options.wayland.is_none();
     Ok(())
 }
 
 /// What an app is granted from the start.
-fn shares(places: &Places, path: &Path, shares: Vec<Share>) -> Result<Vec<Grant>, AppError> {
-    let grant = |share: Share| {
+fn shares(places: &Places, path: &Path, shares: &[Share]) -> Result<Vec<Grant>, AppError> {
+    let grant = |share: &Share| {
         let no_home = || AppError::NoHome { path: path.into(), share: share.path.clone().into() };
         let place = share.path.below(places.home()).ok_or_else(no_home)?;
         match fs::metadata(&place) {
@@ -158,7 +164,7 @@ fn shares(places: &Places, path: &Path, shares: Vec<Share>) -> Result<Vec<Grant>
             Err(source) => Err(AppError::NoShare { path: path.into(), share: place, source }),
         }
     };
-    shares.into_iter().map(grant).collect()
+    shares.iter().map(grant).collect()
 }
 
 /// One line of the list.

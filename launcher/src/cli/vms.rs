@@ -37,7 +37,7 @@ pub enum VmCommand {
     Exec(ExecOptions),
     /// Run a shell in a VM
     ///
-    /// It reads lines and has no terminal: what runs in it cannot move the cursor.
+    /// It has a terminal if this command has one.
     Shell {
         /// Which VM
         name: String,
@@ -70,6 +70,9 @@ pub struct ExecOptions {
     /// Environment variable for it; may be repeated
     #[arg(long, value_name = "NAME=VALUE")]
     pub env: Vec<String>,
+    /// Give it a terminal: this command's
+    #[arg(long, short)]
+    pub tty: bool,
     /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<String>,

@@ -18,7 +18,10 @@ use rustix::{
 };
 use vmm_api::{Client, Request};
 
-use super::state::{self, About, Origin, State};
+use super::{
+    cgroup,
+    state::{self, About, Origin, State},
+};
 
 /// The file that is locked as long as a folder is in use.
 pub const LOCK: &str = "lock";
@@ -213,6 +216,9 @@ fn sweep(base: &Path, _all: &BaseLock) -> io::Result<()> {
         }
         // A folder that cannot be removed must not keep others from being used; the next who comes tries again.
         if !is_of_vm(&folder) || end_vmm(&folder) {
+            if let Some(group) = State::read(&folder).ok().and_then(|state| state.cgroup) {
+                let _ = cgroup::remove(&group);
+            }
             let _ = fs::remove_dir_all(&folder);
         }
     }

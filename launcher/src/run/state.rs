@@ -63,6 +63,8 @@ pub struct State {
     pub vmm: Option<ProcessId>,
     /// Whether its application can run: the agent is there and knows which VM it is in.
     pub ready: bool,
+    /// The VM's control group, if it has one.
+    pub cgroup: Option<PathBuf>,
     /// Where the VMM's messages are, among those of its siblings, if not in the folder.
     pub zygote_log: Option<PathBuf>,
 }
@@ -81,6 +83,7 @@ impl State {
             launcher: ProcessId::own().ok_or_else(|| io::Error::other("/proc does not tell about this process"))?,
             vmm: None,
             ready: false,
+            cgroup: None,
             zygote_log: None,
         })
     }
