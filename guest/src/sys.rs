@@ -81,6 +81,20 @@ pub fn vsock_connect(cid: u32, port: u32) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Lets a command begin in a session of its own, whose terminal is its standard input: setsid(2), ioctl_tty(2).
+#[expect(unsafe_code, reason = "the standard library has no way to make a session")]
+pub fn with_own_terminal(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    let begin = || {
+        rustix::process::setsid()?;
+        rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes two system calls, and neither allocates nor locks: rustix enters the
+    // kernel directly, and an errno becomes an error without memory.
+    unsafe { command.pre_exec(begin) };
+}
+
 /// Brings the loopback interface up, see netdevice(7).
 #[expect(unsafe_code, reason = "rustix has no SIOCSIFFLAGS")]
 pub fn loopback_up() -> io::Result<()> {

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, FromArgMatches, Parser, Subcommand};
 pub use vms::{GrantOptions, PlaceOptions, VmCommand};
 
 mod vms;
@@ -26,6 +26,10 @@ pub enum Command {
     ///
     /// The application's exit status becomes that of this command; 125 means that the VM failed.
     Run(RunOptions),
+    /// Open files and URLs in a new VM, by the app for their MIME type
+    ///
+    /// The VM and what is in it are gone afterwards; of this machine it has these files, and nothing of what the app keeps and shares.
+    Open(OpenOptions),
     /// Commands about VMs that run
     #[command(flatten)]
     Vm(VmCommand),
@@ -37,6 +41,13 @@ pub enum Command {
         /// As JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Make a template and an app from a VM's folder of Spectrum OS
+    Import {
+        /// The folder: vmlinux, blk/*.img, providers/net/*, fs/
+        folder: PathBuf,
+        /// What both are called [default: like the folder]
+        name: Option<String>,
     },
     /// Add and remove apps
     #[command(subcommand)]
@@ -199,6 +210,30 @@ pub struct WarmOptions {
     /// Seconds the VM may take until it can be saved
     #[arg(long, env = "SPECTRUM_BOOT_TIMEOUT", default_value_t = 300, value_name = "SECONDS")]
     pub boot_timeout: u64,
+}
+
+/// What `open` takes.
+#[derive(Debug, Args)]
+pub struct OpenOptions {
+    /// The app [default: the one for the MIME type]
+    #[arg(long, value_name = "NAME")]
+    pub app: Option<String>,
+    /// The app may also change the files
+    #[arg(long)]
+    pub write: bool,
+    /// Files and URLs
+    #[arg(required_unless_present = "app", value_name = "FILE|URL")]
+    pub targets: Vec<String>,
+}
+
+impl RunOptions {
+    /// For this app, without anything else but what the environment says.
+    pub fn of(app: &str) -> Self {
+        let command = Self::augment_args(clap::Command::new("spectrum").no_binary_name(true));
+        let matches = command.get_matches_from(["--", app]);
+        // What clap has parsed for these arguments is them.
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
 }
 
 /// What `run` takes.

@@ -9,7 +9,11 @@ use std::{
 
 use serde::Serialize;
 
-use crate::{home::Home, run::options, template, text};
+use crate::{
+    home::Home,
+    run::{cgroup, options},
+    template, text,
+};
 
 /// Memory of one VM that nobody said anything about, in MiB.
 const VM_MEMORY: u64 = 512;
@@ -52,8 +56,8 @@ enum Kvm {
 /// What was found on the machine.
 #[derive(Debug)]
 struct Facts {
-    /// Where templates are kept.
-    home: PathBuf,
+    /// The command that makes a template.
+    build: String,
     kvm: Kvm,
     /// The VMM, or what is told without it.
     vmm: Result<PathBuf, String>,
@@ -62,6 +66,8 @@ struct Facts {
     templates: Result<(Vec<String>, Vec<String>), String>,
     /// XDG_RUNTIME_DIR, if it is a folder.
     runtime: Option<PathBuf>,
+    /// The cgroup below which those of VMs can be, or why there is none.
+    cgroup: Result<PathBuf, String>,
     /// Those of [`TOOLS`] that are there.
     tools: [Option<PathBuf>; 2],
     /// MiB that can be had without swapping; none if the kernel does not tell.
@@ -96,12 +102,13 @@ impl Facts {
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let runtime = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
         Self {
-            home: home.folder().to_owned(),
+            build: template::how_to_build(home),
             kvm: find_kvm(),
             vmm: options::find_vmm(env::var_os("SPECTRUM_VMM").as_deref().map(Path::new)).map_err(|e| e.to_string()),
             wayland: options::wayland_socket(None).map_err(|e| e.to_string()),
             templates: find_templates(home).map_err(|e| e.to_string()),
             runtime: runtime.filter(|path| path.is_absolute() && path.is_dir()),
+            cgroup: cgroup::place().map_err(|error| error.to_string()),
             tools: TOOLS.map(|(tool, _)| find_tool(tool)),
             memory: available(&meminfo),
         }
@@ -118,6 +125,13 @@ fn find_kvm() -> Kvm {
         }
         Ok(_) => Kvm::Software,
     }
+}
+
+/// Why no VM can run here, and what mends it. Nothing if KVM can be used.
+pub fn no_kvm() -> Option<String> {
+    let check = kvm(&find_kvm());
+    let fix = check.fix.unwrap_or_default();
+    (check.status == Status::Missing).then(|| format!("{}; mend it: {fix}", check.found))
 }
 
 fn find_templates(home: &Home) -> Result<(Vec<String>, Vec<String>), template::TemplateError> {
@@ -161,6 +175,13 @@ fn checks(facts: &Facts) -> Vec<Check> {
             warning("runtime folder", "XDG_RUNTIME_DIR is no folder: sockets go to the temporary folder", fix)
         }
     });
+    checks.push(match &facts.cgroup {
+        Ok(path) => ok("cgroup", path.display()),
+        Err(why) => {
+            let fix = "start spectrum in a session of systemd's, or with `systemd-run --user --scope spectrum ...`";
+            warning("cgroup", &format!("{why}: the memory and processes of VMs have no limits"), fix)
+        }
+    });
     for ((tool, package), found) in TOOLS.iter().zip(&facts.tools) {
         checks.push(match found {
             Some(path) => ok(tool, path.display()),
@@ -201,18 +222,17 @@ fn kvm(kvm: &Kvm) -> Check {
 }
 
 fn templates(facts: &Facts, checks: &mut Vec<Check>) {
-    // sudo would look for root's home.
-    let build = format!("sudo SPECTRUM_HOME={} spectrum template build default", facts.home.display());
+    let build = &facts.build;
     match &facts.templates {
         Ok((usable, damaged)) => {
             checks.push(match usable.as_slice() {
-                [] => missing("template", "there is none that can be used", &build),
+                [] => missing("template", "there is none that can be used", build),
                 names => ok("template", names.join(", ")),
             });
             let fix = "build it anew with `spectrum template build`, or remove it with `spectrum template rm`";
             checks.extend(damaged.iter().map(|why| warning("template", why, fix)));
         }
-        Err(why) => checks.push(missing("template", why, &build)),
+        Err(why) => checks.push(missing("template", why, build)),
     }
 }
 
@@ -234,12 +254,13 @@ mod tests {
 
     fn good() -> Facts {
         Facts {
-            home: "/home/u/kept".into(),
+            build: "sudo SPECTRUM_HOME=/home/u/kept spectrum template build default".into(),
             kvm: Kvm::Hardware,
             vmm: Ok("/bin/spectrum-vmm".into()),
             wayland: Ok("/run/wayland-0".into()),
             templates: Ok((vec!["default".into()], vec![])),
             runtime: Some("/run".into()),
+            cgroup: Ok("/sys/fs/cgroup/app.slice".into()),
             tools: [Some("/bin/mmdebstrap".into()), Some("/sbin/mkfs.erofs".into())],
             memory: Some(512),
         }
@@ -248,7 +269,7 @@ mod tests {
     #[test]
     fn a_good_machine_needs_nothing() {
         let checks = checks(&good());
-        assert_eq!(checks.len(), 8);
+        assert_eq!(checks.len(), 9);
         assert!(checks.iter().all(|check| check.status == Status::Ok && check.fix.is_none()), "{checks:?}");
     }
 

@@ -14,6 +14,11 @@ pub enum HomeError {
     /// A relative path would mean another place in each folder.
     #[error("{0} is {1:?}, but must be an absolute path")]
     Relative(&'static str, PathBuf),
+    /// The name cannot be that of a home directory.
+    #[error(
+        "{0:?} cannot be a home directory's name: use letters, digits, '-', '_' and '.', at most 64, not '.' first"
+    )]
+    Kept(String),
     /// The name cannot be that of a template.
     #[error("{0:?} cannot be a template's name: use letters, digits, '-', '_' and '.', at most 64, not '.' first")]
     Name(String),
@@ -77,6 +82,19 @@ impl Home {
     /// The folder with what was saved of warm templates.
     pub fn warm(&self) -> PathBuf {
         self.0.join("warm")
+    }
+
+    /// The folder with the home directories that are kept.
+    pub fn all_kept(&self) -> PathBuf {
+        self.0.join("homes")
+    }
+
+    /// The folder of one home directory that is kept, which may not exist.
+    pub fn kept(&self, name: &str) -> Result<PathBuf, HomeError> {
+        if !is_name(name) {
+            return Err(HomeError::Kept(name.to_owned()));
+        }
+        Ok(self.all_kept().join(name))
     }
 
     /// The folder for downloads that a later build can use again.

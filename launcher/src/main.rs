@@ -52,9 +52,18 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
             apps::fill_in(&Places::find()?, &mut options)?;
             return Ok(run::run(&home, &options)?);
         }
+        Command::Open(options) => {
+            let home = home::Home::find()?;
+            let run = apps::open::to_run(&Places::find()?, &options)?;
+            return Ok(run::run(&home, &run)?);
+        }
         Command::Vm(command) => return Ok(run::vms::dispatch(command)?),
         Command::Template(command) => template(command)?,
         Command::Apps { json } => print(&apps::list(&Places::find()?, json)?)?,
+        Command::Import { folder, name } => {
+            let (home, places) = (home::Home::find()?, Places::find()?);
+            print_paths(&template::import::import(&home, &places, &folder, name.as_deref())?)?;
+        }
         Command::App(AppCommand::Add { file }) => print_paths(&apps::menu::add(&Places::find()?, &file)?)?,
         Command::App(AppCommand::Rm { name }) => print_paths(&apps::menu::remove(&Places::find()?, &name)?)?,
         Command::Policy(command) => policy(command)?,

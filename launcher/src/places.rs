@@ -13,6 +13,8 @@ const DATA_FOLDERS: &str = "/usr/local/share:/usr/share";
 /// The folders. None of them need exist.
 #[derive(Clone, Debug)]
 pub struct Places {
+    /// The user's home directory.
+    home: Option<PathBuf>,
     /// The user's configuration: `$XDG_CONFIG_HOME/spectrum`. None for a user without a home.
     user: Option<PathBuf>,
     /// The system's, the one that wins first: `/etc/spectrum`, then `spectrum` in each of `$XDG_DATA_DIRS`.
@@ -33,6 +35,7 @@ impl Places {
         // Relative ones are to be ignored, the specification says.
         let shared = env::split_paths(&folders).filter(|path| path.is_absolute()).map(|path| path.join("spectrum"));
         Ok(Self {
+            home,
             user: config.map(|path| path.join("spectrum")),
             system: [PathBuf::from(SYSTEM)].into_iter().chain(shared).collect(),
             menu: data.map(|path| path.join("applications")),
@@ -42,7 +45,13 @@ impl Places {
     /// Folders below one.
     #[cfg(test)]
     pub fn at(path: &std::path::Path) -> Self {
-        Self { user: Some(path.join("user")), system: vec![path.join("system")], menu: Some(path.join("menu")) }
+        let home = Some(path.join("home"));
+        Self { home, user: Some(path.join("user")), system: vec![path.join("system")], menu: Some(path.join("menu")) }
+    }
+
+    /// What `~` stands for.
+    pub fn home(&self) -> Option<&std::path::Path> {
+        self.home.as_deref()
     }
 
     /// The folder with the user's apps.
@@ -58,6 +67,12 @@ impl Places {
     /// The policies there may be, the one that counts first.
     pub fn policies(&self) -> impl Iterator<Item = PathBuf> {
         self.user.iter().chain(self.system.first()).map(|path| path.join("policy"))
+    }
+
+    /// The user's lists of applications for MIME types, the one that wins first.
+    pub fn mime_lists(&self) -> Result<[PathBuf; 2], HomeError> {
+        let config = self.user.as_ref().and_then(|path| path.parent()).ok_or(HomeError::NoUser)?;
+        Ok([config.join("mimeapps.list"), self.menu()?.join("mimeapps.list")])
     }
 
     /// The folder of the user's menu entries.

@@ -140,3 +140,44 @@ fn a_set_up_is_recorded_and_made_again_elsewhere() {
         assert!(there.refuses(&["apply", lock]).contains(expected), "{to}");
     }
 }
+
+#[test]
+fn what_is_opened_by_which_app() {
+    let desk = Desk::new();
+    desk.write(
+        "home/.config/spectrum/apps/reader.toml",
+        "template = \"none\"\nmime = [\"text/plain\", \"x-scheme-handler/gopher\"]\n",
+    );
+    let letter = desk.write("letter.txt", "dear all\n");
+    let letter = letter.to_str().unwrap();
+    let page = desk.write("page.xyz", "\0\x01\x02");
+    let page = page.to_str().unwrap();
+    // The app that was chosen has no template, and that is said next.
+    let chosen = "spectrum: there is no template \"none\"";
+    let started = |arguments: &[&str]| assert!(desk.refuses(arguments).starts_with(chosen), "{arguments:?}");
+    started(&["open", letter]);
+    started(&["open", "gopher://x.org/", letter]);
+    started(&["open", "--app", "reader", page]);
+    let none = desk.refuses(&["open", page]);
+    assert!(none.contains("no app opens ") && none.contains("name one with --app"), "{none}");
+    assert!(desk.refuses(&["open", "https://x.org"]).contains("which is x-scheme-handler/https: name one with --app"));
+    assert!(desk.refuses(&["open", "/no/such"]).contains("cannot open /no/such: No such file"));
+    assert!(desk.refuses(&["open", "--app", "x", letter]).contains("there is no app \"x\""));
+
+    // One that asks for what it keeps and shares is given neither.
+    desk.write(
+        "home/.config/spectrum/apps/writer.toml",
+        "template = \"other\"\nmime = [\"text/plain\"]\nshares = [{ path = \"/no/such\" }]\n",
+    );
+    let both = desk.refuses(&["open", letter]);
+    assert!(both.contains("reader, writer open text/plain: name one with --app"), "{both}");
+    assert!(desk.refuses(&["open", "gopher:x", letter]).contains("reader, writer open"), "{both}");
+    desk.write(
+        "home/.config/mimeapps.list",
+        "[Default Applications]\ntext/plain=gedit.desktop;spectrum-writer.desktop\n",
+    );
+    let chosen = desk.refuses(&["open", letter]);
+    assert!(chosen.starts_with("spectrum: there is no template \"other\""), "{chosen}");
+    let different = desk.refuses(&["open", "gopher:x", letter]);
+    assert!(different.contains("are opened by different apps, reader and writer"), "{different}");
+}

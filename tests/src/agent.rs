@@ -110,6 +110,7 @@ impl Host {
             env: [].into(),
             user: "root".into(),
             cwd: None,
+            terminal: None,
             then_power_off: false,
         };
         let mut link = match self.ask(Request::Run(run)) {

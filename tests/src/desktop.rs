@@ -387,6 +387,12 @@ impl Application {
         text.lines().take_while(|line| *line != "done-with-it").collect::<Vec<_>>().join("\n")
     }
 
+    /// The process of its launcher.
+    #[must_use]
+    pub fn launcher(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The process of its VMM.
     ///
     /// # Panics

@@ -173,3 +173,42 @@ fn flags_and_keys_that_do_not_exist() {
                    for requests";
     says(&VmmCommand::new().run(), nothing);
 }
+
+/// `spectrum run` where nothing is prepared: one sentence a step, which says what to do next.
+#[test]
+fn an_application_on_a_machine_that_is_not_prepared() {
+    let place = tempfile::tempdir().unwrap();
+    let home = place.path().join("home");
+    let run = |mut command: Command, flags: &[&str]| {
+        command.env_remove("WAYLAND_DISPLAY").env_remove("SPECTRUM_TEMPLATE").env("SPECTRUM_HOME", &home);
+        command.env("XDG_RUNTIME_DIR", place.path()).args(["run"]).args(flags).arg("foot");
+        let output = command.output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), said.lines().count()), (Some(125), 1), "{said}");
+        said
+    };
+    let spectrum = || Command::new(programs::program("spectrum"));
+    let build = format!("sudo SPECTRUM_HOME={} spectrum template build default", home.display());
+    assert_eq!(run(spectrum(), &[]), format!("spectrum: there is no template yet: make one with `{build}`\n"));
+
+    let template = home.join("templates/default");
+    fs::create_dir_all(&template).unwrap();
+    let manifest =
+        r#"{"version":1,"suite":"x","kernel":"6.12","packages":{},"files":{"vmlinuz":{"bytes":0,"sha256":""}}}"#;
+    fs::write(template.join("template.json"), manifest).unwrap();
+    let said = run(spectrum(), &[]);
+    assert!(said.contains("is damaged: vmlinuz: No such file") && said.contains("spectrum template build"), "{said}");
+
+    fs::write(template.join("vmlinuz"), "").unwrap();
+    let said = run(spectrum(), &[]);
+    assert!(said.contains("WAYLAND_DISPLAY is not set; use --no-wayland"), "{said}");
+
+    for flags in [&["--no-wayland"][..], &["--no-wayland", "--boot"]] {
+        let mut hidden = Command::new("unshare");
+        let preparation =
+            "mount -t tmpfs none /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/urandom c 1 9; exec \"$@\"";
+        hidden.args(["--mount", "sh", "-ec", preparation, "sh"]).arg(programs::program("spectrum"));
+        let said = run(hidden, flags);
+        assert!(said.starts_with("spectrum: there is no /dev/kvm; mend it: sudo modprobe"), "{said}");
+    }
+}

@@ -44,7 +44,7 @@ mod message;
 pub use frame::{Decoder, MAX_FRAME, MAX_PAYLOAD, Message, ProtoError};
 pub use identity::{BootId, Hostname, Identity, IdentityError, MachineId, Seed};
 pub use link::{Link, LinkError};
-pub use message::{ExitStatus, FromAgent, Hello, Reply, Request, Run, ToAgent};
+pub use message::{ExitStatus, FromAgent, Hello, Reply, Request, Run, ToAgent, Window};
 
 /// The vsock port the agent listens on in the guest.
 pub const AGENT_PORT: u32 = 5000;
@@ -53,7 +53,7 @@ pub const AGENT_PORT: u32 = 5000;
 pub const READY_PORT: u32 = 5001;
 
 /// Version of this protocol; both sides must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Bytes of standard input that may be sent before the agent has granted more.
 pub const STDIN_WINDOW: usize = 64 * 1024;

@@ -18,6 +18,13 @@ pub enum Request {
     /// Makes the VM another one than its twins. Comes before the first [`Request::Run`], and again each time the agent has
     /// said [`Hello`].
     Wake(Identity),
+    /// Puts a folder in the place of an account's home, for good. What that was made with is copied into a folder that is empty.
+    Home {
+        /// Account in the guest's `/etc/passwd`.
+        user: String,
+        /// The folder.
+        source: String,
+    },
     /// Starts a process; this connection then carries its streams.
     Run(Run),
     /// Stops every process and powers the VM off.
@@ -40,9 +47,22 @@ pub struct Run {
     /// Working directory; the account's home without it.
     #[serde(default)]
     pub cwd: Option<String>,
+    /// It gets a terminal of this size, which is all of its streams; without it, three pipes.
+    #[serde(default)]
+    pub terminal: Option<Window>,
     /// Power the VM off when the process has ended, even if the launcher is gone by then.
     #[serde(default)]
     pub then_power_off: bool,
+}
+
+/// The size of a terminal, in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Window {
+    /// Lines.
+    pub rows: u16,
+    /// Characters of a line.
+    pub columns: u16,
 }
 
 /// The agent's answer to a [`Request`].
@@ -95,6 +115,8 @@ pub enum ToAgent {
     Stdin(Vec<u8>),
     /// Kind 3: one byte, a signal number for the process's group.
     Signal(u8),
+    /// Kind 4: the terminal's new size, rows and columns (`u16`, little-endian).
+    Resize(Window),
 }
 
 /// From the agent to the launcher.
@@ -136,6 +158,7 @@ impl Message for ToAgent {
             Self::Request(request) => json(1, request),
             Self::Stdin(bytes) => Ok((2, bytes.clone())),
             Self::Signal(number) => Ok((3, vec![*number])),
+            Self::Resize(window) => Ok((4, [window.rows.to_le_bytes(), window.columns.to_le_bytes()].concat())),
         }
     }
 
@@ -144,6 +167,9 @@ impl Message for ToAgent {
             1 => parse(kind, payload).map(Self::Request),
             2 => Ok(Self::Stdin(payload.to_vec())),
             3 => fixed(kind, payload).map(|[number]| Self::Signal(number)),
+            4 => fixed(kind, payload).map(|[a, b, c, d]| {
+                Self::Resize(Window { rows: u16::from_le_bytes([a, b]), columns: u16::from_le_bytes([c, d]) })
+            }),
             _ => Err(ProtoError::Kind(kind)),
         }
     }
@@ -191,6 +217,7 @@ mod tests {
             env: BTreeMap::from([("A".into(), "1".into())]),
             user: "user".into(),
             cwd: Some("/".into()),
+            terminal: Some(Window { rows: 24, columns: 80 }),
             then_power_off: true,
         };
         let identity = Identity {
@@ -200,13 +227,17 @@ mod tests {
             boot_id: BootId::from_random([2; 16]),
             hostname: Some("foot".parse().unwrap()),
         };
+        let home = Request::Home { user: "user".into(), source: "/host/.home".into() };
         let nameless = Identity { hostname: None, ..identity.clone() };
         let wake = [identity, nameless].map(Request::Wake);
-        for request in [Request::Ping, Request::Run(run), Request::PowerOff, Request::Reboot].into_iter().chain(wake) {
+        for request in
+            [Request::Ping, home, Request::Run(run), Request::PowerOff, Request::Reboot].into_iter().chain(wake)
+        {
             round_trip(&ToAgent::Request(request));
         }
         round_trip(&ToAgent::Stdin(vec![]));
         round_trip(&ToAgent::Signal(9));
+        round_trip(&ToAgent::Resize(Window { rows: 0x1234, columns: 0xfedc }));
         let failed = Reply::Failed { message: "no".into() };
         for reply in [Reply::Pong { version: 1 }, Reply::Started { pid: 7 }, Reply::Done, failed] {
             round_trip(&FromAgent::Reply(reply));
@@ -225,6 +256,7 @@ mod tests {
         assert!(ToAgent::from_parts(9, b"").is_err());
         assert!(ToAgent::from_parts(3, b"").is_err());
         assert!(ToAgent::from_parts(3, b"ab").is_err());
+        assert!(ToAgent::from_parts(4, b"abc").is_err());
         assert!(ToAgent::from_parts(1, br#"{"run":{"argv":[],"user":"u","extra":1}}"#).is_err());
         assert!(FromAgent::from_parts(5, b"abc").is_err());
         assert!(FromAgent::from_parts(6, br#"{"code":256}"#).is_err());

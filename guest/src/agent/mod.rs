@@ -3,8 +3,10 @@
 pub mod accounts;
 mod announce;
 mod gate;
+mod home;
 pub mod process;
 mod session;
+mod terminal;
 mod wake;
 
 use std::{

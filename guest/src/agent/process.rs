@@ -4,7 +4,7 @@ use std::{os::unix::process::CommandExt, path::Path, process::Command};
 
 use guest_proto::Run;
 
-use super::accounts;
+use super::accounts::{self, Account};
 
 /// Name of the Wayland socket in the user's runtime folder.
 pub const WAYLAND_DISPLAY: &str = "wayland-0";
@@ -39,9 +39,9 @@ pub enum StartError {
     },
 }
 
-/// The command for a request: the account's identity and environment, in a process group of its own. Streams are still
-/// to be set.
-pub fn command(run: &Run) -> Result<Command, StartError> {
+/// The command for a request, with the account's identity and environment, and the account. Streams are still to be set, and with a
+/// terminal a session; without one it is in a process group of its own.
+pub fn command(run: &Run) -> Result<(Command, Account), StartError> {
     let (program, arguments) = run.argv.split_first().ok_or(StartError::Empty)?;
     if program.is_empty() {
         return Err(StartError::Empty);
@@ -57,7 +57,6 @@ pub fn command(run: &Run) -> Result<Command, StartError> {
     command
         .args(arguments)
         .current_dir(folder)
-        .process_group(0)
         .env_clear()
         .env("PATH", SEARCH_PATH)
         .env("HOME", &account.home)
@@ -80,7 +79,11 @@ pub fn command(run: &Run) -> Result<Command, StartError> {
     if account.uid != rustix::process::geteuid().as_raw() {
         command.uid(account.uid).gid(account.gid);
     }
-    Ok(command)
+    // Who leads a group cannot begin a session.
+    if run.terminal.is_none() {
+        command.process_group(0);
+    }
+    Ok((command, account))
 }
 
 /// Turns the system's reason for not starting `run` into one a user understands.

@@ -5,6 +5,7 @@
 
 use std::{
     collections::VecDeque,
+    fs::File,
     io::{self, Read, Write},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -22,7 +23,7 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open},
 };
 
-use super::{AgentLink, gate::Gate, process, wake::WakeError};
+use super::{AgentLink, gate::Gate, home, process, terminal, wake::WakeError};
 use crate::init::Ending;
 
 /// Seconds the launcher has for its request, and for taking the last frame.
@@ -75,7 +76,10 @@ pub fn serve(
         Request::Wake(identity) => (gate.wake(|| wake(&identity)).map_or_else(|error| failed(&error), |()| DONE), None),
         Request::PowerOff => (DONE, Some(Ending::PowerOff)),
         Request::Reboot => (DONE, Some(Ending::Reboot)),
-        Request::Run(_) if !gate.is_awake() => (failed(&ASLEEP), None),
+        Request::Run(_) | Request::Home { .. } if !gate.is_awake() => (failed(&ASLEEP), None),
+        Request::Home { user, source } => {
+            (home::keep(&user, source.as_ref()).map_or_else(|error| failed(&error), |()| DONE), None)
+        }
         Request::Run(run) => {
             let result = serve_run(&mut link, &run);
             if run.then_power_off {
@@ -102,14 +106,21 @@ fn failed(error: &impl ToString) -> FromAgent {
 }
 
 fn serve_run(link: &mut AgentLink, run: &Run) -> Result<(), SessionError> {
-    let spawned = process::command(run).and_then(|mut command| {
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.spawn().map_err(|source| process::explain(run, source))
+    let spawned = process::command(run).and_then(|(mut command, account)| {
+        let explain = |source| process::explain(run, source);
+        let terminal = match run.terminal {
+            Some(window) => Some(terminal::give(&mut command, &account, window).map_err(explain)?),
+            None => {
+                command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+                None
+            }
+        };
+        Ok((command.spawn().map_err(explain)?, terminal))
     });
     let last = match spawned {
         Err(error) => failed(&error),
-        Ok(child) => {
-            let mut relay = Relay::new(child)?;
+        Ok((child, terminal)) => {
+            let mut relay = Relay::new(child, terminal)?;
             link.queue(&FromAgent::Reply(Reply::Started { pid: relay.child.id() }))?;
             FromAgent::Exit(relay.run(link)?)
         }
@@ -118,7 +129,7 @@ fn serve_run(link: &mut AgentLink, run: &Run) -> Result<(), SessionError> {
     Ok(link.finish(PATIENCE)?)
 }
 
-/// One of the two output pipes.
+/// One of the two output pipes, or the terminal.
 struct Output {
     pipe: Box<dyn ReadPipe>,
     wrap: fn(Vec<u8>) -> FromAgent,
@@ -129,12 +140,17 @@ struct Output {
 trait ReadPipe: Read + AsFd {}
 impl<T: Read + AsFd> ReadPipe for T {}
 
+trait WritePipe: Write + AsFd {}
+impl<T: Write + AsFd> WritePipe for T {}
+
 /// A process and what is on the way to and from it.
 struct Relay {
     child: Child,
     pidfd: OwnedFd,
     group: Option<Pid>,
-    stdin: Option<std::process::ChildStdin>,
+    stdin: Option<Box<dyn WritePipe>>,
+    /// The one it has, if any.
+    terminal: Option<File>,
     pending: VecDeque<u8>,
     stdin_ends: bool,
     /// Input the process has taken and the launcher may send again, not yet told.
@@ -154,13 +170,18 @@ impl Drop for Relay {
 }
 
 impl Relay {
-    fn new(mut child: Child) -> Result<Self, SessionError> {
+    fn new(mut child: Child, terminal: Option<File>) -> Result<Self, SessionError> {
         let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         let pidfd = pidfd_open(group.ok_or(Errno::SRCH)?, PidfdFlags::empty())?;
-        let stdin = child.stdin.take();
-        let stdout = child.stdout.take().map(|pipe| Output { pipe: Box::new(pipe), wrap: FromAgent::Stdout, late: 0 });
-        let stderr = child.stderr.take().map(|pipe| Output { pipe: Box::new(pipe), wrap: FromAgent::Stderr, late: 0 });
-        let outputs = [stdout, stderr];
+        let mut stdin: Option<Box<dyn WritePipe>> = child.stdin.take().map(|pipe| Box::new(pipe) as _);
+        let output = |pipe, wrap| Output { pipe, wrap, late: 0 };
+        let stdout = child.stdout.take().map(|pipe| output(Box::new(pipe), FromAgent::Stdout));
+        let stderr = child.stderr.take().map(|pipe| output(Box::new(pipe), FromAgent::Stderr));
+        let mut outputs = [stdout, stderr];
+        if let Some(terminal) = &terminal {
+            stdin = Some(Box::new(terminal.try_clone()?));
+            outputs = [Some(output(Box::new(terminal.try_clone()?), FromAgent::Stdout)), None];
+        }
         for pipe in outputs.iter().flatten() {
             ioctl_fionbio(&pipe.pipe, true)?;
         }
@@ -172,6 +193,7 @@ impl Relay {
             pidfd,
             group,
             stdin,
+            terminal,
             pending: VecDeque::new(),
             stdin_ends: false,
             credit: 0,
@@ -247,6 +269,10 @@ impl Relay {
                     if let Some(signal) = Signal::from_named_raw(number.into()) {
                         self.signal(signal);
                     }
+                }
+                ToAgent::Resize(window) => {
+                    // A size that the terminal does not take is the launcher's loss.
+                    let _ = self.terminal.as_ref().map(|terminal| terminal::resize(terminal, window));
                 }
                 ToAgent::Request(_) => return Err(SessionError::NoRequest),
             }
@@ -339,7 +365,7 @@ fn exit_status(status: std::process::ExitStatus) -> ExitStatus {
 mod tests {
     use std::{os::unix::net::UnixStream, sync::mpsc, thread};
 
-    use guest_proto::{BootId, Link, MachineId, Seed};
+    use guest_proto::{BootId, Link, MachineId, Seed, Window};
 
     use super::*;
 
@@ -373,6 +399,7 @@ mod tests {
             env: [("GREETING".to_owned(), "hello".to_owned())].into(),
             user: me(),
             cwd: Some("/".into()),
+            terminal: None,
             then_power_off: false,
         }
     }
@@ -521,6 +548,40 @@ mod tests {
         drop(session.link);
         let result = session.thread.join().unwrap();
         assert!(matches!(result, Err(SessionError::Link(LinkError::Closed))), "{result:?}");
+    }
+
+    #[test]
+    fn a_terminal_has_a_size_and_passes_keys_on() {
+        let script = "trap 'stty size; exit 3' WINCH; stty size; test -t 0 -a -t 1 -a -t 2 && ps -o tty= -p $$; \
+                      read -r line; echo got $line; while :; do sleep 0.1; done";
+        let run = Run { terminal: Some(Window { rows: 33, columns: 111 }), ..shell(script) };
+        let mut session = started(run);
+        session.send(&ToAgent::Stdin(b"wordx\x7f\r".to_vec()));
+        let mut text = String::new();
+        let mut resized = false;
+        let end = loop {
+            match session.link.exchange(20).unwrap() {
+                FromAgent::Stdout(bytes) => text += &String::from_utf8_lossy(&bytes),
+                FromAgent::StdinCredit(_) => {}
+                other => break other,
+            }
+            if text.contains("got word") && !resized {
+                resized = true;
+                session.send(&ToAgent::Resize(Window { rows: 22, columns: 99 }));
+            }
+        };
+        assert_eq!(end, FromAgent::Exit(ExitStatus::Code(3)), "{text}");
+        assert!(text.contains("33 111\r\npts/"), "{text:?}");
+        assert!(text.contains("got word\r\n") && text.ends_with("22 99\r\n"), "{text:?}");
+    }
+
+    #[test]
+    fn keys_of_a_terminal_are_signals() {
+        let run = Run { terminal: Some(Window { rows: 24, columns: 80 }), ..shell("echo up; exec sleep 1000") };
+        let mut session = started(run);
+        while !matches!(session.link.exchange(20).unwrap(), FromAgent::Stdout(_)) {}
+        session.send(&ToAgent::Stdin(vec![3]));
+        assert_eq!(session.watch().0.end, Some(FromAgent::Exit(ExitStatus::Signal(2))));
     }
 
     #[test]

@@ -178,9 +178,10 @@ fn shell_command(line: &str) -> io::Result<u32> {
         env: [].into(),
         user: USER.into(),
         cwd: None,
+        terminal: None,
         then_power_off: true,
     };
-    Ok(process::command(&run).map_err(io::Error::other)?.spawn()?.id())
+    Ok(process::command(&run).map_err(io::Error::other)?.0.spawn()?.id())
 }
 
 /// The socket applications look for. Made here and handed down, so that it is there before the first application, and

@@ -1,6 +1,10 @@
 //! An app file: what one application may use, in TOML.
 
-use std::{fmt, num::NonZeroU8, path::Path};
+use std::{
+    fmt,
+    num::NonZeroU8,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use toml::de::DeTable;
@@ -9,8 +13,20 @@ use vmm_config::keyvalue::{nearest, parse_size};
 use crate::{home::is_name, text::Mistake};
 
 /// Every key of an app file.
-const KEYS: [&str; 11] =
-    ["template", "command", "memory", "cpus", "persist", "shares", "network", "clipboard", "sound", "gpu", "wayland"];
+const KEYS: [&str; 12] = [
+    "template",
+    "command",
+    "mime",
+    "memory",
+    "cpus",
+    "persist",
+    "shares",
+    "network",
+    "clipboard",
+    "sound",
+    "gpu",
+    "wayland",
+];
 
 /// An application. A file that says nothing describes one that has nothing but its windows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +38,9 @@ pub struct App {
     /// Program in the VM and its arguments; else the program that is called like the app.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub command: Vec<String>,
+    /// MIME types of files that it opens, and x-scheme-handler/SCHEME of URLs.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub mime: Vec<Mime>,
     /// Memory of the VM.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<Size>,
@@ -51,6 +70,7 @@ impl Default for App {
         Self {
             template: None,
             command: Vec::new(),
+            mime: Vec::new(),
             memory: None,
             cpus: None,
             persist: None,
@@ -81,6 +101,43 @@ impl TryFrom<String> for Name {
 impl From<Name> for String {
     fn from(name: Name) -> Self {
         name.0
+    }
+}
+
+/// A MIME type, without parameters.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mime(String);
+
+impl TryFrom<String> for Mime {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        // RFC 6838 section 4.2.
+        let is_part = |part: &str| {
+            part.starts_with(|c: char| c.is_ascii_alphanumeric())
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || "!#$&-^_.+".contains(c))
+        };
+        match text.split_once('/') {
+            Some((one, other)) if is_part(one) && is_part(other) => Ok(Self(text)),
+            _ => {
+                Err(format!("{text:?} is no MIME type: write one such as \"text/plain\" or \"x-scheme-handler/https\""))
+            }
+        }
+    }
+}
+
+impl From<Mime> for String {
+    fn from(mime: Mime) -> Self {
+        mime.0
+    }
+}
+
+impl std::ops::Deref for Mime {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
     }
 }
 
@@ -130,6 +187,16 @@ impl TryFrom<String> for SharePath {
             Ok(Self(path))
         } else {
             Err(format!("{path:?} must be an absolute path or begin with ~/"))
+        }
+    }
+}
+
+impl SharePath {
+    /// Where it is, if `~` is `home`. Nothing if that is needed and not known.
+    pub fn below(&self, home: Option<&Path>) -> Option<PathBuf> {
+        match self.0.strip_prefix("~/") {
+            Some(rest) => home.map(|home| home.join(rest)),
+            None => Some(self.0.clone().into()),
         }
     }
 }
@@ -225,8 +292,6 @@ impl App {
     /// silently: an application would lose what it should keep, or a limit that its user relies on would not hold.
     pub fn not_yet(&self) -> Option<(&'static str, &'static str)> {
         let asked = [
-            (self.persist.is_some(), "persist", "home directories are not kept yet"),
-            (!self.shares.is_empty(), "shares", "no file of the host can be shared with a VM yet"),
             (self.network != Network::None, "network", "VMs have no network yet"),
             (
                 self.clipboard != Clipboard::Allow,
@@ -257,6 +322,7 @@ mod tests {
         App {
             template: Some(Name("web".into())),
             command: vec!["firefox".into(), "--new".into()],
+            mime: vec![Mime("text/html".into()), Mime("x-scheme-handler/https".into())],
             memory: Some(Size("2G".into())),
             cpus: NonZeroU8::new(2),
             persist: Some(Name("work".into())),
@@ -299,6 +365,8 @@ mod tests {
             ("cpus = 256", "1:8: "),
             ("cpus = \"two\"", "1:8: invalid type: string \"two\""),
             ("memory = \"lots\"", "1:10: \"lots\" is no size: write one such as \"512M\""),
+            ("mime = [\"text\"]", "\"text\" is no MIME type: write one such as"),
+            ("mime = [\"text/*\"]", "\"text/*\" is no MIME type"),
             ("memory = \"0\"", "1:10: \"0\" is no size"),
             ("memory = 512", "1:10: invalid type: integer"),
             ("\ntemplate = \"../x\"", "2:12: \"../x\" is no name"),
@@ -326,8 +394,6 @@ mod tests {
     #[test]
     fn what_does_not_exist_yet_is_named() {
         let table = [
-            ("persist = \"home\"", "persist"),
-            ("shares = [{ path = \"~/x\" }]", "shares"),
             ("network = \"internet\"", "network"),
             ("network = \"host:80\"", "network"),
             ("clipboard = \"ask\"", "clipboard"),
@@ -337,7 +403,7 @@ mod tests {
         for (text, key) in table {
             assert_eq!(parse(text).unwrap().not_yet().unwrap().0, key, "{text}");
         }
-        let harmless = "network = \"none\"\nclipboard = \"allow\"\nsound = false\nshares = []\ngpu = \"cross-domain\"";
+        let harmless = "network = \"none\"\nclipboard = \"allow\"\nsound = false\npersist = \"web\"\nshares = [{ path = \"~/x\" }]\ngpu = \"cross-domain\"";
         assert_eq!(parse(harmless).unwrap().not_yet(), None);
     }
 

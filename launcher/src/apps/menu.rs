@@ -9,7 +9,7 @@ use std::{
 
 use freedesktop_desktop_entry::{DecodeError, DesktopEntry, ExecError};
 
-use super::{App, file_in};
+use super::{App, file::Mime, file_in};
 use crate::{
     home::{HomeError, is_name},
     places::Places,
@@ -120,8 +120,15 @@ fn convert(file: &Path, text: &str) -> Result<(String, App, String), MenuError> 
     };
     entry.add_desktop_entry("Exec".into(), exec);
     let command = entry.parse_exec().map_err(|error| MenuError::Exec(file.to_owned(), error))?;
-    let menu = menu_entry(&entry, name);
-    Ok((name.to_owned(), App { command, ..App::default() }, menu))
+    let mime = mime_types(&entry);
+    let menu = menu_entry(&entry, name, &mime);
+    Ok((name.to_owned(), App { command, mime, ..App::default() }, menu))
+}
+
+/// What it opens. What is no type is left out, as desktops do.
+fn mime_types(entry: &DesktopEntry) -> Vec<Mime> {
+    let text = entry.desktop_entry("MimeType").unwrap_or_default();
+    text.split(';').filter_map(|kind| Mime::try_from(kind.trim().to_owned()).ok()).collect()
 }
 
 /// An Exec without what stands for files, the icon and the like: nothing of the host is known in a VM.
@@ -137,7 +144,7 @@ fn without_field_codes(exec: &str) -> String {
     result
 }
 
-fn menu_entry(entry: &DesktopEntry, name: &str) -> String {
+fn menu_entry(entry: &DesktopEntry, name: &str, mime: &[Mime]) -> String {
     let mut lines = vec!["[Desktop Entry]".to_owned(), "Type=Application".to_owned()];
     let mut copy = |key: &str, suffix: &str| {
         let Some((value, languages)) = entry.groups.desktop_entry().and_then(|group| group.0.get(key)) else { return };
@@ -147,7 +154,13 @@ fn menu_entry(entry: &DesktopEntry, name: &str) -> String {
     // The application of the host may be in the menu too, and must not look the same.
     copy("Name", " (VM)");
     COPIED.iter().for_each(|key| copy(key, ""));
-    lines.extend([format!("Exec=spectrum run {name}"), "TryExec=spectrum".to_owned(), format!("{MARK}={name}")]);
+    let exec = if mime.is_empty() {
+        format!("Exec=spectrum run {name}")
+    } else {
+        lines.push(format!("MimeType={}", mime.iter().map(|kind| format!("{};", &**kind)).collect::<String>()));
+        format!("Exec=spectrum open --app {name} %U")
+    };
+    lines.extend([exec, "TryExec=spectrum".to_owned(), format!("{MARK}={name}")]);
     lines.join("\n") + "\n"
 }
 
@@ -200,8 +213,10 @@ mod tests {
                     [Desktop Action new]\nName=New\nExec=edit --new\n";
         let (name, app, entry) = converted(text).unwrap();
         assert_eq!((name.as_str(), app.command), ("org.x.Edit", vec!["edit".to_owned()]));
+        assert_eq!(app.mime, [Mime::try_from("text/plain".to_owned()).unwrap()]);
         let expected = "[Desktop Entry]\nType=Application\nName=Edit (VM)\nName[de]=Ändern (VM)\nComment=a\\\\b\\nc\n\
-                        Icon=org.x.Edit\nCategories=Utility;X;\nStartupWMClass=edit\nExec=spectrum run org.x.Edit\n\
+                        Icon=org.x.Edit\nCategories=Utility;X;\nStartupWMClass=edit\nMimeType=text/plain;\n\
+                        Exec=spectrum open --app org.x.Edit %U\n\
                         TryExec=spectrum\nX-Spectrum-App=org.x.Edit\n";
         assert_eq!(entry, expected);
         let own = converted(&entry).unwrap_err().to_string();

@@ -2,6 +2,7 @@
 
 pub mod file;
 pub mod menu;
+pub mod open;
 
 use std::{
     collections::BTreeMap,
@@ -9,13 +10,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use file::App;
+use file::{App, Share};
 use serde::Serialize;
 
 use crate::{
     cli::RunOptions,
     home::{HomeError, is_name},
     places::Places,
+    run::grants::Grant,
     text::{self, TextError},
 };
 
@@ -42,6 +44,24 @@ pub enum AppError {
         key: &'static str,
         /// What is not there.
         why: &'static str,
+    },
+    /// Nothing says what `~` stands for.
+    #[error("{path} shares {share}, but HOME is not set", path = .path.display())]
+    NoHome {
+        /// Its file.
+        path: PathBuf,
+        /// What it shares.
+        share: String,
+    },
+    /// What it shares is not there.
+    #[error("{path} shares {share}, which cannot be used ({source}): make it, or take it out of the file", path = .path.display(), share = .share.display())]
+    NoShare {
+        /// Its file.
+        path: PathBuf,
+        /// What it shares.
+        share: PathBuf,
+        /// The system's reason.
+        source: io::Error,
     },
     /// The list cannot be shown.
     #[error("cannot write the list: {0}")]
@@ -114,8 +134,15 @@ pub fn fill_in(places: &Places, options: &mut RunOptions) -> Result<(), AppError
     // A path is always a program.
     let Some(name) = options.command.first().filter(|name| is_name(name)).cloned() else { return Ok(()) };
     let Some(Entry { path, app }) = find(places, &name)? else { return Ok(()) };
+    options.place.persist = options.place.persist.take().or(app.persist.clone().map(String::from));
+    options.place.shares = shares(places, &path, &app.shares)?;
+    start_with(&name, path, app, options)
+}
+
+/// The same without what an app keeps and shares.
+fn start_with(name: &str, path: PathBuf, app: App, options: &mut RunOptions) -> Result<(), AppError> {
     if let Some((key, why)) = app.not_yet() {
-        return Err(AppError::NotYet { name, path, key, why });
+        return Err(AppError::NotYet { name: name.into(), path, key, why });
     }
     if !app.command.is_empty() {
         options.command.splice(..1, app.command);
@@ -125,6 +152,19 @@ pub fn fill_in(places: &Places, options: &mut RunOptions) -> Result<(), AppError
     options.cpus = options.cpus.or(app.cpus.map(u8::from));
     options.no_wayland |= !app.wayland && options.wayland.is_none();
     Ok(())
+}
+
+/// What an app is granted from the start.
+fn shares(places: &Places, path: &Path, shares: &[Share]) -> Result<Vec<Grant>, AppError> {
+    let grant = |share: &Share| {
+        let no_home = || AppError::NoHome { path: path.into(), share: share.path.clone().into() };
+        let place = share.path.below(places.home()).ok_or_else(no_home)?;
+        match fs::metadata(&place) {
+            Ok(_) => Ok(Grant { path: place, writable: share.write, called: None }),
+            Err(source) => Err(AppError::NoShare { path: path.into(), share: place, source }),
+        }
+    };
+    shares.iter().map(grant).collect()
 }
 
 /// One line of the list.
@@ -177,6 +217,27 @@ mod tests {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, text).unwrap();
         path
+    }
+
+    #[test]
+    fn what_is_shared_must_be_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let places = Places::at(folder.path());
+        let text = "shares = [{ path = \"~/notes\", write = true }, { path = \"/\" }]\npersist = \"web\"\n";
+        let path = write(&places, 0, "foot.toml", text);
+        let fill_in = |places: &Places| {
+            let cli = <crate::cli::Cli as clap::Parser>::parse_from(["spectrum", "run", "foot"]);
+            let crate::cli::Command::Run(mut options) = cli.command else { panic!() };
+            super::fill_in(places, &mut options).map(|()| (options.place.shares, options.place.persist))
+        };
+        let error = fill_in(&places).unwrap_err().to_string();
+        let notes = folder.path().join("home/notes");
+        assert!(error.starts_with(&format!("{} shares {}, which", path.display(), notes.display())), "{error}");
+        fs::create_dir_all(&notes).unwrap();
+        let (shares, persist) = fill_in(&places).unwrap();
+        let expected = [(notes, true), ("/".into(), false)];
+        let expected = expected.map(|(path, writable)| Grant { path, writable, called: None });
+        assert_eq!((shares, persist.as_deref()), (expected.to_vec(), Some("web")));
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Subcommand};
 
+use crate::run::grants::Grant;
+
 /// The commands about running VMs.
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
@@ -35,7 +37,7 @@ pub enum VmCommand {
     Exec(ExecOptions),
     /// Run a shell in a VM
     ///
-    /// It reads lines and has no terminal: what runs in it cannot move the cursor.
+    /// It has a terminal if this command has one.
     Shell {
         /// Which VM
         name: String,
@@ -68,6 +70,9 @@ pub struct ExecOptions {
     /// Environment variable for it; may be repeated
     #[arg(long, value_name = "NAME=VALUE")]
     pub env: Vec<String>,
+    /// Give it a terminal: this command's
+    #[arg(long, short)]
+    pub tty: bool,
     /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<String>,
@@ -98,10 +103,16 @@ pub struct PlaceOptions {
     #[arg(
         long,
         value_name = "NAME",
-        conflicts_with_all = ["name", "grant", "vmm_arg", "wayland", "no_wayland", "debug"]
+        conflicts_with_all = ["name", "vmm_arg", "wayland", "no_wayland", "debug"]
     )]
     pub vm: Option<String>,
     /// File or folder that the VM may read, or with :rw also change; it is in /host there. May be repeated
     #[arg(long, value_name = "PATH[:rw]")]
     pub grant: Vec<OsString>,
+    /// Keep its home directory under this name, for the next time [default: the app's, else it is gone with the VM]
+    #[arg(long, value_name = "NAME")]
+    pub persist: Option<String>,
+    /// What the app's file shares.
+    #[arg(skip)]
+    pub shares: Vec<Grant>,
 }

@@ -18,7 +18,10 @@ use rustix::{
 };
 use vmm_api::{Client, Request};
 
-use super::state::{self, About, Origin, State};
+use super::{
+    cgroup,
+    state::{self, About, Origin, State},
+};
 
 /// The file that is locked as long as a folder is in use.
 pub const LOCK: &str = "lock";
@@ -100,6 +103,16 @@ impl RunFolder {
     /// Path of a file in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// The folder itself.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// What the VM is called.
+    pub fn name(&self) -> &str {
+        &self.state.name
     }
 
     /// Changes what is written down about the VM.
@@ -203,6 +216,9 @@ fn sweep(base: &Path, _all: &BaseLock) -> io::Result<()> {
         }
         // A folder that cannot be removed must not keep others from being used; the next who comes tries again.
         if !is_of_vm(&folder) || end_vmm(&folder) {
+            if let Some(group) = State::read(&folder).ok().and_then(|state| state.cgroup) {
+                let _ = cgroup::remove(&group);
+            }
             let _ = fs::remove_dir_all(&folder);
         }
     }
@@ -235,7 +251,7 @@ mod tests {
 
     fn about(name: Option<&str>) -> About {
         let name = name.map(str::to_owned);
-        About { name, program: "foot".into(), template: "default".into(), command: vec!["foot".into()] }
+        About { name, program: "foot".into(), template: "default".into(), command: vec!["foot".into()], persist: None }
     }
 
     fn create(base: &Path, name: Option<&str>) -> Result<RunFolder, FolderError> {

@@ -4,16 +4,21 @@
 //! application's streams. Nothing is left behind: the VMM is a child that is ended and waited for, its sockets are in a
 //! private folder that goes away.
 
+pub mod cgroup;
+mod escapes;
 mod folder;
-mod grants;
+mod foreign;
+pub mod grants;
 mod identity;
 mod journal;
 pub mod options;
+mod persist;
 mod process;
 mod relay;
 mod signals;
 mod state;
 mod tail;
+mod terminal;
 mod vm;
 pub mod vms;
 mod warm;
@@ -22,6 +27,7 @@ use std::{path::Path, process::ExitCode};
 
 use guest_proto::{ExitStatus, IdentityError, LinkError, Request, Run};
 use options::Settings;
+use persist::Kept;
 use relay::Relay;
 use signals::Signals;
 use vm::Vm;
@@ -29,6 +35,7 @@ use warm::Warm;
 
 use crate::{
     cli::{RunOptions, WarmOptions},
+    doctor,
     home::Home,
     progress, template,
 };
@@ -49,11 +56,15 @@ pub enum RunError {
     #[error(transparent)]
     Grant(#[from] grants::GrantError),
     #[error(transparent)]
+    Persist(#[from] persist::PersistError),
+    #[error(transparent)]
     Warm(#[from] warm::WarmError),
     #[error("lost the agent in the VM: {0}")]
     Agent(#[from] LinkError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    #[error("{0}")]
+    NoKvm(String),
     #[error("{0}")]
     Application(String),
     #[error("cannot {what}: {source}")]
@@ -76,8 +87,14 @@ pub fn run(home: &Home, options: &RunOptions) -> Result<ExitCode, RunError> {
     let settings = Settings::new(home, options)?;
     // Before anything is started, or a signal could leave it behind.
     let signals = Signals::new().map_err(io_error("receive signals"))?;
-    let mut vm = start(home, &settings, &signals, options)?;
-    let result = in_vm(&mut vm, &signals, &settings, options);
+    // Given up after the VM, which is dropped first.
+    let mut kept = settings.about.persist.as_ref().map(|name| Kept::take(home, name)).transpose()?;
+    let mut vm = start(home, &settings, &signals, options).map_err(explained)?;
+    let result = if settings.template.is_foreign() {
+        foreign::run(&mut vm, &signals, &settings, kept.as_mut())
+    } else {
+        in_vm(&mut vm, &signals, &settings, options, kept.as_mut())
+    };
     match result {
         Ok(status) => {
             vm.wait_for_end(&signals);
@@ -86,7 +103,15 @@ pub fn run(home: &Home, options: &RunOptions) -> Result<ExitCode, RunError> {
         Err(RunError::Interrupted(signal)) => Ok(ExitCode::from(status_of_signal(signal))),
         // When the VMM is gone, that is the reason for whatever failed.
         Err(RunError::Agent(error)) => Err(vm.reason_for_loss().map_or(RunError::Agent(error), RunError::Vm)),
-        Err(error) => Err(error),
+        Err(error) => Err(explained(error)),
+    }
+}
+
+/// Where no VM can run, that is the reason for whatever failed.
+fn explained(error: RunError) -> RunError {
+    match error {
+        RunError::Vm(_) | RunError::Warm(_) => doctor::no_kvm().map_or(error, RunError::NoKvm),
+        error => error,
     }
 }
 
@@ -99,12 +124,16 @@ fn tell(text: &str) {
 
 /// A clone of the warm template, or, where that cannot be, a VM that boots.
 fn start(home: &Home, settings: &Settings, signals: &Signals, options: &RunOptions) -> Result<Vm, RunError> {
-    if options.boot {
+    if options.boot || settings.template.is_foreign() {
         return Vm::boot(settings);
     }
     if let Some(why) = settings.boots_because() {
         tell(&format!("booting: {why}"));
         return Vm::boot(settings);
+    }
+    // To make a template warm takes long, and is in vain without.
+    if let Some(why) = doctor::no_kvm() {
+        return Err(RunError::NoKvm(why));
     }
     let cloned = Warm::of(home, settings).and_then(|warm| {
         let mut zygote = warm.ready(settings, signals, tell)?;
@@ -144,12 +173,23 @@ pub fn cool(home: &Home, template: &str) -> Result<(), RunError> {
     Ok(())
 }
 
-fn in_vm(vm: &mut Vm, signals: &Signals, settings: &Settings, options: &RunOptions) -> Result<ExitStatus, RunError> {
+fn in_vm(
+    vm: &mut Vm,
+    signals: &Signals,
+    settings: &Settings,
+    options: &RunOptions,
+    kept: Option<&mut Kept>,
+) -> Result<ExitStatus, RunError> {
     vm.wait_for_agent(signals)?;
     identity::give(vm.connect()?, &settings.hostname)?;
-    if !settings.grants.is_empty() {
-        let mut api = vm.api().map_err(grants::GrantError::Vmm)?;
-        settings.grants.iter().try_for_each(|grant| grant.give(&mut api).map(drop))?;
+    if !settings.grants.is_empty() || kept.is_some() {
+        let (mut api, folder) = (vm.api().map_err(grants::GrantError::Vmm)?, vm.folder().folder());
+        settings.grants.iter().try_for_each(|grant| grant.give(&mut api, folder).map(drop))?;
+        if let Some(kept) = kept {
+            kept.used_by(vm.folder().name(), folder)?;
+            kept.grant().give(&mut api, folder)?;
+            persist::mount(vm.connect()?, &options.user)?;
+        }
     }
     vm.is_ready()?;
     let request = Request::Run(Run {
@@ -157,6 +197,7 @@ fn in_vm(vm: &mut Vm, signals: &Signals, settings: &Settings, options: &RunOptio
         env: settings.environment.clone(),
         user: options.user.clone(),
         cwd: options.cwd.clone(),
+        terminal: None,
         then_power_off: true,
     });
     let mut relay = Relay::start(vm.connect()?, request)?;

@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use super::{grants::Grant, state::About};
+use super::{
+    grants::{self, Grant, GrantError},
+    state::About,
+};
 use crate::{
     cli::{RunOptions, WarmOptions},
     home::Home,
@@ -23,13 +26,18 @@ const DEFAULT_TEMPLATE: &str = "default";
 const DEFAULT_MEMORY: &str = "512M";
 const DEFAULT_CPUS: u8 = 1;
 
+/// What Spectrum OS gives each of its machines.
+const FOREIGN_MEMORY: &str = "1G";
+
 /// What is wrong with the command line or the environment.
 #[derive(Debug, thiserror::Error)]
 pub enum OptionsError {
     #[error(transparent)]
     Template(#[from] TemplateError),
-    #[error("there is no template yet: make one with `spectrum template build {DEFAULT_TEMPLATE}`")]
-    NoTemplate,
+    #[error(transparent)]
+    Grant(#[from] GrantError),
+    #[error("there is no template yet: make one with `{0}`")]
+    NoTemplate(String),
     #[error("there are several templates ({0}): name one with --template")]
     WhichTemplate(String),
     #[error("spectrum-vmm was not found next to this program or in PATH: name it with --vmm or SPECTRUM_VMM")]
@@ -42,6 +50,8 @@ pub enum OptionsError {
     WaylandDead { path: PathBuf, source: std::io::Error },
     #[error("{0} cannot be part of the VMM's options because it contains {1:?}")]
     Character(PathBuf, char),
+    #[error("the template {0} runs its own application: it takes no arguments, --env and --cwd")]
+    Foreign(String),
     #[error("--env {0:?} is not NAME=VALUE")]
     Environment(String),
 }
@@ -80,21 +90,28 @@ impl Settings {
     pub fn new(home: &Home, options: &RunOptions) -> Result<Self, OptionsError> {
         let template = template::open(home, &template_name(home, options.template.as_deref())?)?;
         check_key_value(&template.folder)?;
+        if template.is_foreign() && (options.command.len() > 1 || !options.env.is_empty() || options.cwd.is_some()) {
+            return Err(OptionsError::Foreign(name_of(&template)));
+        }
         let wayland = if options.no_wayland { None } else { Some(wayland_socket(options.wayland.as_deref())?) };
         let program = options.command.first().map(Path::new).and_then(Path::file_name).unwrap_or_default();
         let hostname = hostname(program);
+        let memory = if template.is_foreign() { FOREIGN_MEMORY } else { DEFAULT_MEMORY };
+        let grants = grants_of(options);
+        grants::check(&grants)?;
         Ok(Self {
             about: About {
                 name: options.place.name.clone(),
                 program: hostname.clone(),
                 template: name_of(&template),
                 command: options.command.clone(),
+                persist: options.place.persist.clone(),
             },
-            grants: options.place.grant.iter().map(|text| Grant::parse(text)).collect(),
+            grants,
             template,
             vmm: find_vmm(options.vmm.as_deref())?,
             wayland,
-            memory: options.memory.clone().unwrap_or_else(|| DEFAULT_MEMORY.to_owned()),
+            memory: options.memory.clone().unwrap_or_else(|| memory.to_owned()),
             cpus: options.cpus.unwrap_or(DEFAULT_CPUS),
             hostname,
             environment: environment(&options.env)?,
@@ -110,8 +127,17 @@ impl Settings {
     pub fn to_warm(home: &Home, options: &WarmOptions) -> Result<Self, OptionsError> {
         let template = template::open(home, &options.name)?;
         check_key_value(&template.folder)?;
+        if template.is_foreign() {
+            return Err(TemplateError::Foreign(options.name.clone()).into());
+        }
         Ok(Self {
-            about: About { name: None, program: "template".into(), template: name_of(&template), command: Vec::new() },
+            about: About {
+                name: None,
+                program: "template".into(),
+                template: name_of(&template),
+                command: Vec::new(),
+                persist: None,
+            },
             grants: Vec::new(),
             template,
             vmm: find_vmm(options.vmm.as_deref())?,
@@ -135,6 +161,12 @@ impl Settings {
     }
 }
 
+/// What the command line and the app's file grant.
+pub fn grants_of(options: &RunOptions) -> Vec<Grant> {
+    let named = options.place.grant.iter().map(|text| Grant::parse(text));
+    options.place.shares.iter().cloned().chain(named).collect()
+}
+
 fn name_of(template: &Template) -> String {
     template.folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
@@ -145,7 +177,7 @@ fn template_name(home: &Home, named: Option<&str>) -> Result<String, OptionsErro
     }
     let mut names = template::names(home)?;
     match names.as_mut_slice() {
-        [] => Err(OptionsError::NoTemplate),
+        [] => Err(OptionsError::NoTemplate(template::how_to_build(home))),
         [only] => Ok(std::mem::take(only)),
         several if several.iter().any(|name| name == DEFAULT_TEMPLATE) => Ok(DEFAULT_TEMPLATE.to_owned()),
         several => Err(OptionsError::WhichTemplate(several.join(", "))),
@@ -239,7 +271,7 @@ mod tests {
     fn which_template() {
         let folder = tempfile::tempdir().unwrap();
         let home = Home::at(folder.path());
-        assert!(matches!(template_name(&home, None), Err(OptionsError::NoTemplate)));
+        assert!(matches!(template_name(&home, None), Err(OptionsError::NoTemplate(_))));
         assert_eq!(template_name(&home, Some("x")).unwrap(), "x");
         std::fs::create_dir_all(home.template("web").unwrap()).unwrap();
         assert_eq!(template_name(&home, None).unwrap(), "web");

@@ -6,10 +6,10 @@ use std::{
     time::Instant,
 };
 
-use guest_proto::{CHUNK, ExitStatus, FromAgent, LinkError, Reply, Request, STDIN_WINDOW, ToAgent};
+use guest_proto::{CHUNK, ExitStatus, FromAgent, LinkError, Reply, Request, Run, STDIN_WINDOW, ToAgent};
 use rustix::{event::PollFlags, io::Errno};
 
-use super::{RunError, io_error, signals::Signals, tail::printable, vm::AgentLink};
+use super::{RunError, escapes::Escapes, io_error, signals::Signals, tail::printable, terminal::Raw, vm::AgentLink};
 
 /// Seconds the agent has to start the application.
 const PATIENCE: u32 = 60;
@@ -32,16 +32,26 @@ pub trait Waits {
 /// One of the launcher's outputs, with at most one frame waiting for it.
 struct Sink {
     fd: BorrowedFd<'static>,
-    /// A terminal must not be given the commands a hostile application prints.
-    terminal: bool,
+    cleaning: Cleaning,
     waiting: Vec<u8>,
     written: usize,
     broken: bool,
 }
 
+/// A terminal must not be given the commands a hostile application prints.
+enum Cleaning {
+    /// It is none.
+    None,
+    /// Only text.
+    Text,
+    /// What a program draws with.
+    Drawing(Escapes),
+}
+
 impl Sink {
     fn new(stream: impl IsTerminal, fd: BorrowedFd<'static>) -> Self {
-        Self { fd, terminal: stream.is_terminal(), waiting: Vec::new(), written: 0, broken: false }
+        let cleaning = if stream.is_terminal() { Cleaning::Text } else { Cleaning::None };
+        Self { fd, cleaning, waiting: Vec::new(), written: 0, broken: false }
     }
 
     fn is_idle(&self) -> bool {
@@ -52,7 +62,11 @@ impl Sink {
         if self.broken {
             return;
         }
-        self.waiting = if self.terminal { printable(&bytes) } else { bytes };
+        self.waiting = match &mut self.cleaning {
+            Cleaning::None => bytes,
+            Cleaning::Text => printable(&bytes),
+            Cleaning::Drawing(escapes) => escapes.filter(&bytes),
+        };
         self.written = 0;
     }
 
@@ -87,23 +101,32 @@ pub struct Relay {
     granted: usize,
     stdout: Sink,
     stderr: Sink,
+    /// The user's, if the application has one.
+    terminal: Option<Raw>,
 }
 
 impl Relay {
     /// Starts the application.
     pub fn start(mut link: AgentLink, request: Request) -> Result<Self, RunError> {
+        let with_terminal = matches!(&request, Request::Run(Run { terminal: Some(_), .. }));
         link.queue(&ToAgent::Request(request))?;
         match link.exchange(PATIENCE)? {
             FromAgent::Reply(Reply::Started { .. }) => {}
             FromAgent::Reply(Reply::Failed { message }) => return Err(refused(&message)),
             _ => return Err(broken()),
         }
+        let mut stdout = Sink::new(io::stdout(), rustix::stdio::stdout());
+        let terminal = with_terminal.then(Raw::new).transpose().map_err(io_error("use the terminal"))?;
+        if terminal.is_some() {
+            stdout.cleaning = Cleaning::Drawing(Escapes::default());
+        }
         Ok(Self {
             link,
             stdin_open: true,
             granted: STDIN_WINDOW,
-            stdout: Sink::new(io::stdout(), rustix::stdio::stdout()),
+            stdout,
             stderr: Sink::new(io::stderr(), rustix::stdio::stderr()),
+            terminal,
         })
     }
 
@@ -130,23 +153,29 @@ impl Relay {
             }
             let flag = |wanted: bool, flags: PollFlags| if wanted { flags } else { PollFlags::empty() };
             let stdin = io::stdin();
+            // Without a terminal nothing is wanted of it.
+            let resized = self.terminal.as_ref().map_or_else(|| self.link.as_fd(), Raw::fd);
             let all = [
                 (self.link.as_fd(), link_flags),
                 (stdin.as_fd(), flag(reads_input, PollFlags::IN)),
                 (self.stdout.fd, flag(!self.stdout.is_idle(), PollFlags::OUT)),
                 (self.stderr.fd, flag(!self.stderr.is_idle(), PollFlags::OUT)),
+                (resized, flag(running && self.terminal.is_some() && self.link.is_idle(), PollFlags::IN)),
             ];
             // A descriptor nothing is wanted of must not be in the set at all: its hang-up would be reported for ever.
             let wanted: Vec<_> = all.iter().filter(|(_, flags)| !flags.is_empty()).copied().collect();
             let Some(happened) = vm.wait(signals, &wanted, None)? else { continue };
             let mut happened = happened.into_iter();
-            let [link, input, output, errors] =
+            let [link, input, output, errors, resized] =
                 all.map(|(_, flags)| !flags.is_empty() && happened.next().is_some_and(|happened| !happened.is_empty()));
             if link && link_flags.contains(PollFlags::IN) {
                 open = self.link.fill()?;
             }
             if input {
                 self.read_input()?;
+            }
+            if resized && let Some(terminal) = &self.terminal {
+                self.link.queue(&ToAgent::Resize(terminal.resized()))?;
             }
             if output {
                 self.stdout.write();

@@ -28,6 +28,8 @@ pub struct About {
     pub template: String,
     /// The application and its arguments.
     pub command: Vec<String>,
+    /// The home directory that it keeps.
+    pub persist: Option<String>,
 }
 
 /// How a VM came to be.
@@ -49,6 +51,8 @@ pub struct State {
     pub template: String,
     /// The application it was started for, and its arguments.
     pub command: Vec<String>,
+    /// The home directory that it keeps.
+    pub persist: Option<String>,
     /// How it came to be.
     pub origin: Origin,
     /// When, in seconds since 1970.
@@ -59,6 +63,8 @@ pub struct State {
     pub vmm: Option<ProcessId>,
     /// Whether its application can run: the agent is there and knows which VM it is in.
     pub ready: bool,
+    /// The VM's control group, if it has one.
+    pub cgroup: Option<PathBuf>,
     /// Where the VMM's messages are, among those of its siblings, if not in the folder.
     pub zygote_log: Option<PathBuf>,
 }
@@ -71,11 +77,13 @@ impl State {
             name,
             template: about.template.clone(),
             command: about.command.clone(),
+            persist: about.persist.clone(),
             origin,
             started: now.as_secs(),
             launcher: ProcessId::own().ok_or_else(|| io::Error::other("/proc does not tell about this process"))?,
             vmm: None,
             ready: false,
+            cgroup: None,
             zygote_log: None,
         })
     }

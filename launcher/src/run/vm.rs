@@ -25,12 +25,13 @@ use rustix::{
 };
 
 use vmm_api::{Client, ClientError};
-use vmm_config::CloneConfig;
+use vmm_config::{CloneConfig, keyvalue::parse_size};
 
 use super::{
     RunError,
+    cgroup::Group,
     folder::{API, CONSOLE, MESSAGES, RunFolder, VSOCK},
-    io_error,
+    foreign, io_error,
     journal::Journal,
     options::Settings,
     process::{ProcessId, Running},
@@ -45,10 +46,10 @@ use crate::template::{INITRAMFS, ROOT, VMLINUZ};
 pub type AgentLink = Link<FromAgent, ToAgent>;
 
 /// Every VM has the same: they share nothing that would need different ones.
-const GUEST_CID: u32 = 3;
+pub const GUEST_CID: u32 = 3;
 
 /// The name by which the guest mounts the file system with what it was granted.
-const GRANTS_TAG: &str = "host";
+pub const GRANTS_TAG: &str = "host";
 
 /// The identifier that the VMM gives a vsock device.
 const VSOCK_DEVICE: &str = "_vsock0";
@@ -66,6 +67,8 @@ pub enum VmError {
     Start { vmm: String, source: io::Error },
     #[error("the VMM ended ({how}) before the application did{messages}")]
     Ended { how: String, messages: String },
+    #[error("the VM needed more memory than its cgroup has, and was ended: give it more with --memory")]
+    OutOfMemory,
     #[error("the VM was not ready after {} s{messages}", after.as_secs())]
     NotReady { after: Duration, messages: String },
     #[error("the zygote makes no clone: {0}")]
@@ -93,6 +96,8 @@ enum Process {
 pub struct Vm {
     process: Process,
     running: Running,
+    /// Its limits. Given up after the process, before the folder which says where they are.
+    group: Option<Group>,
     folder: RunFolder,
     ready: UnixListener,
     /// Open for as long as the agent lives.
@@ -127,8 +132,9 @@ impl Vm {
         let (pid, boot_timeout) = (child.id(), settings.boot_timeout);
         let (process, running) = (Process::Child(child), watch(pid)?);
         let written = folder.update(|state| state.vmm = ProcessId::of(pid));
+        let group = limit(&mut folder, settings, pid);
         // From here on it is ended whatever happens.
-        let vm = Self { process, running, folder, ready, agent: None, messages, console, boot_timeout };
+        let vm = Self { process, running, group, folder, ready, agent: None, messages, console, boot_timeout };
         written?;
         Ok(vm)
     }
@@ -162,11 +168,16 @@ impl Vm {
             return Err(VmError::NoConnection("the clone is not the process that it was said to be".into()).into());
         }
         let written = folder.update(|state| state.vmm = ProcessId::of(pid));
-        let boot_timeout = settings.boot_timeout;
+        let (boot_timeout, group) = (settings.boot_timeout, limit(&mut folder, settings, pid));
         // From here on it is ended whatever happens.
-        let vm = Self { process, running, folder, ready, agent: None, messages: None, console, boot_timeout };
+        let vm = Self { process, running, group, folder, ready, agent: None, messages: None, console, boot_timeout };
         written?;
         Ok(vm)
+    }
+
+    /// The VM's private folder.
+    pub fn folder(&self) -> &RunFolder {
+        &self.folder
     }
 
     /// A connection to the VMM's API.
@@ -219,7 +230,18 @@ impl Vm {
             Process::Clone { pid, .. } => format!("process {pid}"),
         };
         self.drain();
+        if self.group.as_ref().is_some_and(Group::out_of_memory) {
+            return Some(VmError::OutOfMemory);
+        }
         Some(VmError::Ended { how, messages: self.last_messages() })
+    }
+
+    /// Whether the VMM ended by itself because the VM was powered off.
+    pub fn ended_well(&mut self) -> bool {
+        match &mut self.process {
+            Process::Child(child) => child.try_wait().is_ok_and(|status| status.is_some_and(|status| status.success())),
+            Process::Clone { .. } => false,
+        }
     }
 
     fn drain(&mut self) {
@@ -331,6 +353,19 @@ pub fn connect_within(socket: &Path, time: Duration) -> Result<AgentLink, RunErr
     Ok(AgentLink::new(stream.into())?)
 }
 
+/// Puts the VMM into a group with limits, where that can be done. A VM without them is no worse than one on most machines.
+fn limit(folder: &mut RunFolder, settings: &Settings, pid: u32) -> Option<Group> {
+    let memory = parse_size(&settings.memory)?;
+    let made = Group::path_for(folder.folder()).and_then(|path| {
+        // Written down first: whoever finds this VM dead removes it.
+        folder.update(|state| state.cgroup = Some(path.clone())).map_err(io::Error::other)?;
+        let group = Group::new(path, memory, settings.cpus)?;
+        group.take(pid)?;
+        Ok(group)
+    });
+    made.inspect_err(|error| log::info!("the VM has no limits: {error}")).ok()
+}
+
 fn watch(pid: u32) -> Result<Running, RunError> {
     Running::open(pid).map_err(io_error("watch the VMM"))
 }
@@ -351,14 +386,19 @@ fn console_pipe(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)
 }
 
+/// A path in a value of the VMM's.
+pub fn with(prefix: &str, path: &Path, suffix: &str) -> OsString {
+    let mut text = OsString::from(prefix);
+    text.push(path);
+    text.push(suffix);
+    text
+}
+
 fn arguments(settings: &Settings, folder: &RunFolder) -> Vec<OsString> {
+    if settings.template.is_foreign() {
+        return foreign::arguments(settings, folder);
+    }
     let template = |name: &str| settings.template.folder.join(name);
-    let with = |prefix: &str, path: &Path, suffix: &str| {
-        let mut text = OsString::from(prefix);
-        text.push(path);
-        text.push(suffix);
-        text
-    };
     // "quiet" keeps what the kernel prints for itself off the console; what fails is still said. Who debugs wants all of
     // it, and the serial port has it from the first line on.
     let console = if settings.debug { "console=ttyS0" } else { "console=hvc0 quiet" };

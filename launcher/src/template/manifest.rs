@@ -28,6 +28,9 @@ pub struct Manifest {
     pub kernel: String,
     /// Every package of the root image, with its version.
     pub packages: BTreeMap<String, String>,
+    /// Disks, as paths in the template's folder, of a machine that brings its own system. Others have none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<String>,
     /// Every file of the template, by name.
     pub files: BTreeMap<String, FileEntry>,
 }
@@ -65,7 +68,14 @@ impl FileEntry {
 impl Manifest {
     /// A manifest without files yet.
     pub fn new(suite: &str, kernel: &str, packages: BTreeMap<String, String>) -> Self {
-        Self { version: VERSION, suite: suite.into(), kernel: kernel.into(), packages, files: BTreeMap::new() }
+        Self {
+            version: VERSION,
+            suite: suite.into(),
+            kernel: kernel.into(),
+            packages,
+            disks: Vec::new(),
+            files: BTreeMap::new(),
+        }
     }
 
     /// Reads the manifest of a template's folder.

@@ -5,6 +5,7 @@
 
 mod apt;
 mod cpio;
+pub mod import;
 mod initramfs;
 mod kernel;
 mod manifest;
@@ -16,6 +17,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use import::CONFIG;
 use kernel::Kernel;
 #[cfg(test)]
 pub use manifest::FileEntry;
@@ -53,8 +55,10 @@ pub enum TemplateError {
     Initramfs(#[from] initramfs::InitramfsError),
     #[error("there is no template {0:?}: `spectrum template list` shows those there are")]
     Unknown(String),
-    #[error("the template in {path} is damaged: {source}")]
+    #[error("the template in {path} is damaged: {source}; build it anew with `spectrum template build`")]
     Damaged { path: PathBuf, source: io::Error },
+    #[error("the template {0} was imported: it brings its own kernel and system, and is not made anew or warmed")]
+    Foreign(String),
     #[error("cannot write {path}: {source}")]
     File { path: PathBuf, source: io::Error },
 }
@@ -96,7 +100,11 @@ pub fn build(home: &Home, options: &BuildOptions) -> Result<(), TemplateError> {
 
 /// Makes the kernel and initramfs of a template anew.
 pub fn refresh(home: &Home, options: &RefreshOptions) -> Result<(), TemplateError> {
-    let Template { folder, mut manifest } = open(home, &options.name)?;
+    let template = open(home, &options.name)?;
+    if template.is_foreign() {
+        return Err(TemplateError::Foreign(options.name.clone()));
+    }
+    let Template { folder, mut manifest } = template;
     let guest = initramfs::guest_binary(options.boot.guest.as_deref())?;
     let mut progress = Progress::new(2);
     progress.step("kernel");
@@ -148,6 +156,13 @@ pub struct Template {
     pub manifest: Manifest,
 }
 
+impl Template {
+    /// Whether it brings its own system, without an agent of ours.
+    pub fn is_foreign(&self) -> bool {
+        !self.manifest.disks.is_empty()
+    }
+}
+
 /// Opens a template and checks that its files are there.
 pub fn open(home: &Home, name: &str) -> Result<Template, TemplateError> {
     let folder = home.template(name)?;
@@ -157,13 +172,20 @@ pub fn open(home: &Home, name: &str) -> Result<Template, TemplateError> {
     let damaged = |source| TemplateError::Damaged { path: folder.clone(), source };
     let manifest = Manifest::read(&folder).map_err(damaged)?;
     for (file, entry) in &manifest.files {
-        let size = fs::metadata(folder.join(file)).map_err(damaged)?.len();
+        let missing = |error: io::Error| damaged(io::Error::new(error.kind(), format!("{file}: {error}")));
+        let size = fs::metadata(folder.join(file)).map_err(missing)?.len();
         if size != entry.bytes {
             let text = format!("{file} has {size} bytes instead of {}", entry.bytes);
             return Err(damaged(io::Error::new(io::ErrorKind::InvalidData, text)));
         }
     }
     Ok(Template { folder, manifest })
+}
+
+/// The command that makes the first one.
+pub fn how_to_build(home: &Home) -> String {
+    // sudo would look for root's home.
+    format!("sudo SPECTRUM_HOME={} spectrum template build default", home.folder().display())
 }
 
 /// The names of all templates, sorted.

@@ -382,8 +382,7 @@ fn an_app_that_asks_for_what_there_is_not_is_not_started() {
     let file = apps.join("web.toml");
     let table = [
         ("network = \"internet\"", "asks for network, but VMs have no network yet: remove the line to run web without"),
-        ("persist = \"web\"", "asks for persist, but "),
-        ("shares = [{ path = \"/x\" }]", "asks for shares, but "),
+        ("shares = [{ path = \"/no/such\" }]", " shares /no/such, which cannot be used ("),
         ("clipboard = \"deny\"", "asks for clipboard, but "),
         ("sound = true", "asks for sound, but "),
         ("\nmemroy = \"1G\"", ":2:1: unknown key \"memroy\": did you mean \"memory\"?"),

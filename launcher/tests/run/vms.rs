@@ -234,12 +234,20 @@ fn files_are_granted_and_taken_back() {
         assert_eq!((given.dev(), given.ino()), (meant.dev(), meant.ino()));
     };
     expect_grant("report.txt", true);
-    assert_eq!(fixture.output(&["grant", "web", &path]).1, "/host/report.txt\n");
-    expect_grant("report.txt", false);
+    let (status, _, errors) = fixture.output(&["grant", "web", &path]);
+    assert_eq!(status, Some(125));
+    assert!(errors.starts_with("spectrum: /host/report.txt is there already: choose another name"), "{errors}");
     assert_eq!(fixture.output(&["grant", "web", &path, "--write", "--as", "r"]).1, "/host/r\n");
     expect_grant("r", true);
+    let grants = |fixture: &Fixture| fixture.ps()[0]["grants"].to_string();
+    let expected = |names: &[&str]| {
+        let grant = |name: &&str| format!(r#"{{"name":"{name}","path":"{path}","writable":true}}"#);
+        format!("[{}]", names.iter().map(grant).collect::<Vec<_>>().join(","))
+    };
+    assert_eq!(grants(&fixture), expected(&["r", "report.txt"]));
     assert_eq!(fixture.output(&["revoke", "web", "r"]), (Some(0), String::new(), String::new()));
     assert!(matches!(next(), (ApiRequest::VmRemoveGrant(grant), _) if grant.id == "_fs0" && grant.name == "r"));
+    assert_eq!(grants(&fixture), expected(&["report.txt"]));
     let (status, _, errors) = fixture.output(&["revoke", "web", "bad"]);
     assert!(status == Some(125) && errors.starts_with("spectrum: the VM's file system refuses: "), "{errors}");
     let (status, _, errors) = fixture.output(&["grant", "web", "/no/such"]);

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, Write},
+    path::Path,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -9,7 +10,9 @@ use serde::Serialize;
 
 use super::{
     super::{
-        RunError, folder, io_error,
+        RunError, folder,
+        grants::{self, Record},
+        io_error,
         state::{Origin, State},
     },
     printable_text,
@@ -25,6 +28,9 @@ struct Row<'a> {
     /// `starting` or `running`.
     state: &'a str,
     template: &'a str,
+    /// Name of the home directory that it keeps.
+    persist: Option<&'a str>,
+    grants: Vec<Record>,
     command: &'a [String],
     origin: Origin,
     /// Seconds since 1970.
@@ -36,11 +42,13 @@ struct Row<'a> {
 }
 
 impl<'a> Row<'a> {
-    fn new(state: &'a State) -> Self {
+    fn new(folder: &Path, state: &'a State) -> Self {
         Self {
             name: &state.name,
             state: if state.ready { "running" } else { "starting" },
             template: &state.template,
+            persist: state.persist.as_deref(),
+            grants: grants::list(folder),
             command: &state.command,
             origin: state.origin,
             started: state.started,
@@ -53,7 +61,7 @@ impl<'a> Row<'a> {
 /// Prints the VMs that run.
 pub fn print(json: bool) -> Result<(), RunError> {
     let all = folder::running().map_err(io_error("look for running VMs"))?;
-    let rows: Vec<Row<'_>> = all.iter().map(|(_, state)| Row::new(state)).collect();
+    let rows: Vec<Row<'_>> = all.iter().map(|(folder, state)| Row::new(folder, state)).collect();
     let text = if json { serde_json::to_string_pretty(&rows).unwrap_or_default() + "\n" } else { table(&rows) };
     io::stdout().write_all(text.as_bytes()).map_err(io_error("write to standard output"))
 }
@@ -127,6 +135,8 @@ mod tests {
             name,
             state: "running",
             template: "default",
+            persist: None,
+            grants: Vec::new(),
             command: &command,
             origin: Origin::Boot,
             started: u64::MAX,

@@ -3,6 +3,7 @@
 mod list;
 
 use std::{
+    collections::BTreeMap,
     io::{self, Write},
     os::fd::{AsFd, BorrowedFd},
     path::PathBuf,
@@ -10,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use guest_proto::{FromAgent, Reply, Request, Run, ToAgent};
+use guest_proto::{FromAgent, Reply, Request, Run, ToAgent, Window};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -23,13 +24,14 @@ use super::{
     folder::{self, API, CONSOLE, MESSAGES, VSOCK},
     grants::{self, Grant, GrantError},
     io_error, journal,
-    options::environment,
+    options::{environment, grants_of},
     process::Running,
     relay::{Relay, Waits},
     signals::Signals,
     state::State,
     status_of_signal,
     tail::printable,
+    terminal,
     vm::{self, VmError},
 };
 use crate::cli::{GrantOptions, RunOptions, VmCommand};
@@ -37,7 +39,7 @@ use crate::cli::{GrantOptions, RunOptions, VmCommand};
 /// How long a VMM may take to answer, and to end once it was killed; and its launcher to clean up.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Lets the account's own shell read standard input, with prompts if somebody is there to see them.
+/// Lets the account's own shell read standard input, with prompts if that is a terminal.
 const SHELL: &str = "exec \"${SHELL:-/bin/sh}\"";
 
 /// Why a VM does not do what is asked.
@@ -51,6 +53,10 @@ pub enum VmsError {
     Immortal(String),
     #[error("the VM {0} is not ready yet: wait until `spectrum ps` says that it is running")]
     NotReady(String),
+    #[error("--tty needs a terminal for standard input and output")]
+    NoTerminal,
+    #[error("the home directory {wanted:?} is not the one of the VM {name}: run it in a VM of its own")]
+    OtherHome { name: String, wanted: String },
 }
 
 /// Carries one of the commands out.
@@ -61,35 +67,62 @@ pub fn dispatch(command: VmCommand) -> Result<ExitCode, RunError> {
         VmCommand::Kill { name } => Found::by_name(&name)?.kill()?,
         VmCommand::Logs { name } => Found::by_name(&name)?.print_logs()?,
         VmCommand::Exec(options) => {
-            let env = environment(&options.env)?;
+            let mut env = environment(&options.env)?;
+            if options.tty && !terminal::is_there() {
+                return Err(VmsError::NoTerminal.into());
+            }
+            let terminal = options.tty.then(|| with_terminal(&mut env));
             let (argv, user, cwd) = (options.command, options.user, options.cwd);
-            return Found::by_name(&options.name)?.exec(Run { argv, env, user, cwd, then_power_off: false });
+            return Found::by_name(&options.name)?.exec(Run { argv, env, user, cwd, terminal, then_power_off: false });
         }
         VmCommand::Shell { name, user } => {
-            let command = if io::IsTerminal::is_terminal(&io::stdin()) { format!("{SHELL} -i") } else { SHELL.into() };
-            let argv = ["sh", "-c", &command].map(String::from).to_vec();
-            return Found::by_name(&name)?.exec(Run { argv, env: [].into(), user, cwd: None, then_power_off: false });
+            let mut env = BTreeMap::new();
+            let terminal = terminal::is_there().then(|| with_terminal(&mut env));
+            let argv = ["sh", "-c", SHELL].map(String::from).to_vec();
+            let run = Run { argv, env, user, cwd: None, terminal, then_power_off: false };
+            return Found::by_name(&name)?.exec(run);
         }
         VmCommand::Grant(options) => grant(options)?,
-        VmCommand::Revoke { name, grant } => grants::revoke(&mut Found::by_name(&name)?.api()?, &grant)?,
+        VmCommand::Revoke { name, grant } => {
+            let found = Found::by_name(&name)?;
+            grants::revoke(&mut found.api()?, &found.folder, &grant)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Runs an application in a VM that runs already.
 pub fn run_in(name: &str, options: &RunOptions) -> Result<ExitCode, RunError> {
-    Found::by_name(name)?.exec(Run {
+    let found = Found::by_name(name)?;
+    // An app that loses what it means to keep, or misses a file, is worse than one that does not start.
+    if let Some(wanted) = options.place.persist.as_ref().filter(|wanted| Some(*wanted) != found.state.persist.as_ref())
+    {
+        return Err(VmsError::OtherHome { name: name.into(), wanted: wanted.clone() }.into());
+    }
+    found.give_missing(&grants_of(options))?;
+    found.exec(Run {
         argv: options.command.clone(),
         env: environment(&options.env)?,
         user: options.user.clone(),
         cwd: options.cwd.clone(),
+        terminal: None,
         then_power_off: false,
     })
 }
 
+/// The size of the user's terminal. Programs find out what it can do by its name.
+fn with_terminal(environment: &mut BTreeMap<String, String>) -> Window {
+    if !environment.contains_key("TERM") {
+        let name = std::env::var("TERM").ok().filter(|name| !name.is_empty());
+        environment.insert("TERM".into(), name.unwrap_or_else(|| "xterm-256color".into()));
+    }
+    terminal::window()
+}
+
 fn grant(options: GrantOptions) -> Result<(), RunError> {
     let grant = Grant { path: options.path, writable: options.write, called: options.called };
-    let place = grant.give(&mut Found::by_name(&options.name)?.api()?)?;
+    let found = Found::by_name(&options.name)?;
+    let place = grant.give(&mut found.api()?, &found.folder)?;
     writeln!(io::stdout(), "{place}").map_err(io_error("write to standard output"))
 }
 
@@ -120,6 +153,20 @@ impl Found {
         let mut api = Client::connect(&self.folder.join(API))?;
         api.set_timeout(Some(PATIENCE))?;
         Ok(api)
+    }
+
+    /// Lets it have those of `grants` that it does not have yet.
+    fn give_missing(&self, grants: &[Grant]) -> Result<(), GrantError> {
+        grants::check(grants)?;
+        let has = grants::list(&self.folder);
+        for grant in grants {
+            let name = grant.name()?;
+            let path = std::path::absolute(&grant.path)?;
+            if !has.iter().any(|had| had.name == name && had.path == path && had.writable == grant.writable) {
+                grant.give(&mut self.api()?, &self.folder)?;
+            }
+        }
+        Ok(())
     }
 
     /// Asks the agent to power off, and does without it when that takes too long.
