@@ -132,7 +132,7 @@ fn a_file_that_may_not_be_so_long_is_named_and_the_machine_goes_on() {
     let directory = keep.path().join("snapshot");
     let error = refused(&mut client, url(&directory));
     assert!(error.contains(".partial: File too large"), "{error}");
-    assert_eq!(names(keep.path()), BTreeSet::new());
+    assert_eq!(names(&directory), BTreeSet::new());
     goes_on(&mut vmm, &mut client);
 }
 
