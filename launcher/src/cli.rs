@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{collections::BTreeMap, ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 pub use vms::{GrantOptions, PlaceOptions, VmCommand};
@@ -92,9 +92,25 @@ pub enum PolicyCommand {
         service: String,
         /// The app that asks
         app: String,
-        /// What for: a path, a URL, a host and port, another app
+        /// What for: a path, a URL, a host and port, an app and its service
         target: String,
     },
+    /// Decide a request as it is decided for a VM: the user is asked where the policy says so, and it is logged
+    ///
+    /// The exit status is 1 if it is denied.
+    Decide {
+        /// What is asked for: files, clipboard, open-url, notify, network, sound, microphone, camera, exec
+        service: String,
+        /// The app that asks
+        app: String,
+        /// What for: a path, a URL, a host and port, an app and its service
+        target: String,
+        /// Seconds the user has to answer
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600), value_name = "SECONDS")]
+        timeout: u64,
+    },
+    /// Print what was decided, the oldest first
+    Log,
 }
 
 /// Commands about one app.
@@ -246,6 +262,12 @@ pub struct RunOptions {
     /// Show the VMM's messages and the VM's console on standard error
     #[arg(long)]
     pub debug: bool,
+    /// The app whose file was found.
+    #[arg(skip)]
+    pub app: Option<String>,
+    /// What that app offers to others.
+    #[arg(skip)]
+    pub services: BTreeMap<String, Vec<String>>,
     /// An app or a program in the VM, and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "APP")]
     pub command: Vec<String>,

@@ -19,6 +19,8 @@ pub struct Places {
     system: Vec<PathBuf>,
     /// The user's entries of the desktop's menu: `$XDG_DATA_HOME/applications`.
     menu: Option<PathBuf>,
+    /// What the user's programs keep between runs: `$XDG_STATE_HOME/spectrum`.
+    state: Option<PathBuf>,
 }
 
 impl Places {
@@ -36,13 +38,21 @@ impl Places {
             user: config.map(|path| path.join("spectrum")),
             system: [PathBuf::from(SYSTEM)].into_iter().chain(shared).collect(),
             menu: data.map(|path| path.join("applications")),
+            state: folder_variable("XDG_STATE_HOME")?
+                .or_else(|| below_home(".local/state"))
+                .map(|path| path.join("spectrum")),
         })
     }
 
     /// Folders below one.
     #[cfg(test)]
     pub fn at(path: &std::path::Path) -> Self {
-        Self { user: Some(path.join("user")), system: vec![path.join("system")], menu: Some(path.join("menu")) }
+        Self {
+            user: Some(path.join("user")),
+            system: vec![path.join("system")],
+            menu: Some(path.join("menu")),
+            state: Some(path.join("state")),
+        }
     }
 
     /// The folder with the user's apps.
@@ -63,5 +73,10 @@ impl Places {
     /// The folder of the user's menu entries.
     pub fn menu(&self) -> Result<PathBuf, HomeError> {
         self.menu.clone().ok_or(HomeError::NoUser)
+    }
+
+    /// The folder for what is kept between runs.
+    pub fn state(&self) -> Result<PathBuf, HomeError> {
+        self.state.clone().ok_or(HomeError::NoUser)
     }
 }

@@ -1,6 +1,6 @@
 //! An app file: what one application may use, in TOML.
 
-use std::{fmt, num::NonZeroU8, path::Path};
+use std::{collections::BTreeMap, fmt, num::NonZeroU8, path::Path};
 
 use serde::{Deserialize, Serialize};
 use toml::de::DeTable;
@@ -9,8 +9,20 @@ use vmm_config::keyvalue::{nearest, parse_size};
 use crate::{home::is_name, text::Mistake};
 
 /// Every key of an app file.
-const KEYS: [&str; 11] =
-    ["template", "command", "memory", "cpus", "persist", "shares", "network", "clipboard", "sound", "gpu", "wayland"];
+const KEYS: [&str; 12] = [
+    "template",
+    "command",
+    "memory",
+    "cpus",
+    "persist",
+    "shares",
+    "network",
+    "clipboard",
+    "sound",
+    "gpu",
+    "wayland",
+    "services",
+];
 
 /// An application. A file that says nothing describes one that has nothing but its windows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +56,9 @@ pub struct App {
     pub gpu: Gpu,
     /// Whether it has windows.
     pub wayland: bool,
+    /// What it offers to other apps: the command in its VM of each service.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub services: BTreeMap<Name, ServiceCommand>,
 }
 
 impl Default for App {
@@ -60,12 +75,35 @@ impl Default for App {
             sound: false,
             gpu: Gpu::CrossDomain,
             wayland: true,
+            services: BTreeMap::new(),
         }
     }
 }
 
-/// A name that is also a file's.
+/// A program in the VM and its arguments.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<String>", into = "Vec<String>")]
+pub struct ServiceCommand(Vec<String>);
+
+impl TryFrom<Vec<String>> for ServiceCommand {
+    type Error = String;
+
+    fn try_from(command: Vec<String>) -> Result<Self, String> {
+        match command.first() {
+            Some(program) if !program.is_empty() => Ok(Self(command)),
+            _ => Err("a service is a program and its arguments, such as [\"cat\"]".into()),
+        }
+    }
+}
+
+impl From<ServiceCommand> for Vec<String> {
+    fn from(command: ServiceCommand) -> Self {
+        command.0
+    }
+}
+
+/// A name that is also a file's.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Name(String);
 
@@ -266,6 +304,7 @@ mod tests {
             sound: true,
             gpu: Gpu::CrossDomain,
             wayland: false,
+            services: [(Name("ssh-agent".into()), ServiceCommand(vec!["cat".into()]))].into(),
         }
     }
 
@@ -315,6 +354,9 @@ mod tests {
             ("cpus = 1\ncpus = 2", "2:1: duplicate key"),
             ("cpus = ", "1:8: "),
             ("[[command]]", "1:"),
+            ("[services]\nssh-agent = []", "2:13: a service is a program"),
+            ("[services]\nssh-agent = [\"\"]", "2:13: a service is a program"),
+            ("[services]\n\"a:b\" = [\"cat\"]", "\"a:b\" is no name"),
         ];
         for (text, expected) in table {
             let error = parse(text).unwrap_err().to_string();
@@ -347,8 +389,10 @@ mod tests {
         let example = text.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let app = parse(example).unwrap();
         assert_eq!((app.command.len(), &app.memory, app.not_yet()), (2, &Some(Size("2G".into())), None));
-        let said =
-            |key: &&str| example.lines().any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} =")));
+        let said = |key: &&str| {
+            let shown = |line: &str| line.starts_with(&format!("{key} =")) || line == format!("[{key}]");
+            example.lines().any(|line| shown(line.trim_start_matches("# ")))
+        };
         assert!(KEYS.iter().all(said), "{example}");
         // What it shows in comments is right, too.
         assert!(parse("shares = [{ path = \"~/Documents\", write = false }]\npersist = \"web\"").is_ok());

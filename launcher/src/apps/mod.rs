@@ -124,6 +124,8 @@ pub fn fill_in(places: &Places, options: &mut RunOptions) -> Result<(), AppError
     options.memory = options.memory.take().or(app.memory.map(String::from));
     options.cpus = options.cpus.or(app.cpus.map(u8::from));
     options.no_wayland |= !app.wayland && options.wayland.is_none();
+    options.app = Some(name);
+    options.services = app.services.into_iter().map(|(name, command)| (name.into(), command.into())).collect();
     Ok(())
 }
 

@@ -235,7 +235,8 @@ mod tests {
 
     fn about(name: Option<&str>) -> About {
         let name = name.map(str::to_owned);
-        About { name, program: "foot".into(), template: "default".into(), command: vec!["foot".into()] }
+        let (app, services) = ("foot".into(), [].into());
+        About { name, app, services, program: "foot".into(), template: "default".into(), command: vec!["foot".into()] }
     }
 
     fn create(base: &Path, name: Option<&str>) -> Result<RunFolder, FolderError> {

@@ -4,12 +4,13 @@
 //! application's streams. Nothing is left behind: the VMM is a child that is ended and waited for, its sockets are in a
 //! private folder that goes away.
 
+mod calls;
 mod folder;
 mod grants;
 mod identity;
 mod journal;
 pub mod options;
-mod process;
+pub mod process;
 mod relay;
 mod signals;
 mod state;
@@ -18,9 +19,9 @@ mod vm;
 pub mod vms;
 mod warm;
 
-use std::{path::Path, process::ExitCode};
+use std::{path::Path, process::ExitCode, sync::Arc};
 
-use guest_proto::{ExitStatus, IdentityError, LinkError, Request, Run};
+use guest_proto::{CALL_PORT, ExitStatus, IdentityError, LinkError, Request, Run};
 use options::Settings;
 use relay::Relay;
 use signals::Signals;
@@ -30,6 +31,8 @@ use warm::Warm;
 use crate::{
     cli::{RunOptions, WarmOptions},
     home::Home,
+    places::Places,
+    policy::DecisionPoint,
     progress, template,
 };
 
@@ -69,15 +72,16 @@ fn io_error<E: Into<std::io::Error>>(what: &'static str) -> impl Fn(E) -> RunErr
 }
 
 /// Runs the application and gives its exit status, as a shell would.
-pub fn run(home: &Home, options: &RunOptions) -> Result<ExitCode, RunError> {
+pub fn run(home: &Home, places: &Places, options: &RunOptions) -> Result<ExitCode, RunError> {
     if let Some(name) = &options.place.vm {
         return vms::run_in(name, options);
     }
     let settings = Settings::new(home, options)?;
     // Before anything is started, or a signal could leave it behind.
     let signals = Signals::new().map_err(io_error("receive signals"))?;
+    let point = Arc::new(DecisionPoint::new(places.clone(), &settings.about.app));
     let mut vm = start(home, &settings, &signals, options)?;
-    let result = in_vm(&mut vm, &signals, &settings, options);
+    let result = in_vm(&mut vm, &signals, &settings, options, &point);
     match result {
         Ok(status) => {
             vm.wait_for_end(&signals);
@@ -144,13 +148,20 @@ pub fn cool(home: &Home, template: &str) -> Result<(), RunError> {
     Ok(())
 }
 
-fn in_vm(vm: &mut Vm, signals: &Signals, settings: &Settings, options: &RunOptions) -> Result<ExitStatus, RunError> {
+fn in_vm(
+    vm: &mut Vm,
+    signals: &Signals,
+    settings: &Settings,
+    options: &RunOptions,
+    point: &Arc<DecisionPoint>,
+) -> Result<ExitStatus, RunError> {
     vm.wait_for_agent(signals)?;
     identity::give(vm.connect()?, &settings.hostname)?;
     if !settings.grants.is_empty() {
         let mut api = vm.api().map_err(grants::GrantError::Vmm)?;
         settings.grants.iter().try_for_each(|grant| grant.give(&mut api).map(drop))?;
     }
+    calls::serve(vm.listen(CALL_PORT)?, point.clone()).map_err(io_error("serve the VM's calls"))?;
     vm.is_ready()?;
     let request = Request::Run(Run {
         argv: options.command.clone(),

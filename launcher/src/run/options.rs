@@ -12,7 +12,7 @@ use std::{
 use super::{grants::Grant, state::About};
 use crate::{
     cli::{RunOptions, WarmOptions},
-    home::Home,
+    home::{Home, is_name},
     template::{self, Template, TemplateError},
 };
 
@@ -22,6 +22,9 @@ const DEFAULT_TEMPLATE: &str = "default";
 /// Memory and virtual CPUs where neither the command line nor an app file says how much.
 const DEFAULT_MEMORY: &str = "512M";
 const DEFAULT_CPUS: u8 = 1;
+
+/// The app of a program whose name cannot be one.
+const UNNAMED: &str = "unnamed";
 
 /// What is wrong with the command line or the environment.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +89,8 @@ impl Settings {
         Ok(Self {
             about: About {
                 name: options.place.name.clone(),
+                app: options.app.clone().unwrap_or_else(|| app_of(program)),
+                services: options.services.clone(),
                 program: hostname.clone(),
                 template: name_of(&template),
                 command: options.command.clone(),
@@ -111,7 +116,14 @@ impl Settings {
         let template = template::open(home, &options.name)?;
         check_key_value(&template.folder)?;
         Ok(Self {
-            about: About { name: None, program: "template".into(), template: name_of(&template), command: Vec::new() },
+            about: About {
+                name: None,
+                app: UNNAMED.into(),
+                services: BTreeMap::new(),
+                program: "template".into(),
+                template: name_of(&template),
+                command: Vec::new(),
+            },
             grants: Vec::new(),
             template,
             vmm: find_vmm(options.vmm.as_deref())?,
@@ -196,6 +208,11 @@ pub fn environment(pairs: &[String]) -> Result<BTreeMap<String, String>, Options
         _ => Err(OptionsError::Environment(text.clone())),
     };
     pairs.iter().map(pair).collect()
+}
+
+/// What the policy knows a program by that no app file is for.
+fn app_of(program: &OsStr) -> String {
+    program.to_str().filter(|name| is_name(name)).unwrap_or(UNNAMED).to_owned()
 }
 
 /// What the program is called, as far as a host name can say it.
