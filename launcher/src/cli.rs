@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, ffi::OsString, path::PathBuf};
 use clap::{Args, Parser, Subcommand};
 pub use vms::{GrantOptions, PlaceOptions, VmCommand};
 
+use crate::policy::Service;
+
 mod vms;
 
 /// Runs each application in its own virtual machine.
@@ -265,6 +267,9 @@ pub struct RunOptions {
     /// The app whose file was found.
     #[arg(skip)]
     pub app: Option<String>,
+    /// What of that file the policy has to allow: its key, service and target.
+    #[arg(skip)]
+    pub asks: Vec<(&'static str, Service, String)>,
     /// What that app offers to others.
     #[arg(skip)]
     pub services: BTreeMap<String, Vec<String>>,

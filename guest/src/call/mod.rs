@@ -130,7 +130,12 @@ fn listen(path: &str, call: Call) -> Result<(), CallError> {
     let listener = listener.map_err(fail)?;
     let accept = move || {
         let active = Arc::new(AtomicUsize::new(0));
-        for stream in listener.incoming().flatten() {
+        for stream in listener.incoming() {
+            let stream = match stream {
+                Ok(stream) => stream,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return eprintln!("spectrum-guest: no more calls: {error}"),
+            };
             if active.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS {
                 active.fetch_sub(1, Ordering::SeqCst);
                 continue;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use toml::de::DeTable;
 use vmm_config::keyvalue::{nearest, parse_size};
 
-use crate::{home::is_name, text::Mistake};
+use crate::{home::is_name, policy::Service, text::Mistake};
 
 /// Every key of an app file.
 const KEYS: [&str; 12] = [
@@ -276,6 +276,13 @@ impl App {
         asked.into_iter().find_map(|(asked, key, why)| asked.then_some((key, why)))
     }
 
+    /// What of this file the policy has to allow: the key, and what is asked of it.
+    pub fn asks(&self) -> Vec<(&'static str, Service, String)> {
+        let network = (self.network != Network::None).then(|| ("network", Service::Network, self.network.to_string()));
+        let sound = self.sound.then(|| ("sound", Service::Sound, "-".to_owned()));
+        network.into_iter().chain(sound).collect()
+    }
+
     /// The text of a file that describes this application.
     pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
         toml::to_string(self)
@@ -363,6 +370,13 @@ mod tests {
             assert!(error.starts_with("foot.toml:") && error.contains(expected), "{text:?}: {error}");
             assert!(!error.contains('\n'), "{error:?}");
         }
+    }
+
+    #[test]
+    fn what_reaches_beyond_the_vm_is_asked_for() {
+        assert_eq!(App::default().asks(), []);
+        let asked = [("network", Service::Network, "host:8080".to_owned()), ("sound", Service::Sound, "-".to_owned())];
+        assert_eq!(full().asks(), asked);
     }
 
     #[test]

@@ -203,3 +203,138 @@ impl DecisionPoint {
 fn deny(because: String) -> Verdict {
     Verdict { allowed: false, because }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, sync::mpsc, thread};
+
+    use super::{super::ask::AskError, *};
+
+    /// Gives each question to the test, and the test's answer back.
+    type Asked = (Question, mpsc::Sender<Answer>);
+
+    struct Teller(Mutex<mpsc::Sender<Asked>>);
+
+    impl Ask for Teller {
+        fn ask(&self, question: &Question, _: Duration) -> Result<Answer, AskError> {
+            let (tell, answer) = mpsc::channel();
+            self.0.lock().unwrap().send((question.clone(), tell)).unwrap();
+            Ok(answer.recv().unwrap())
+        }
+    }
+
+    struct Fixture {
+        folder: tempfile::TempDir,
+        point: DecisionPoint,
+        questions: mpsc::Receiver<Asked>,
+    }
+
+    fn fixture(policy: &str) -> Fixture {
+        let folder = tempfile::tempdir().unwrap();
+        let places = Places::at(folder.path());
+        let file = places.policies().next().unwrap();
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, policy).unwrap();
+        let (tell, questions) = mpsc::channel();
+        let ask = Box::new(Teller(Mutex::new(tell)));
+        let point = DecisionPoint::with(places, "mail", ask, Duration::from_secs(9));
+        Fixture { folder, point, questions }
+    }
+
+    impl Fixture {
+        fn log(&self) -> Vec<String> {
+            let text = fs::read_to_string(self.folder.path().join("state/policy.log")).unwrap();
+            text.lines().map(|line| line.split_once(' ').unwrap().1.to_owned()).collect()
+        }
+
+        /// Decides while the test gives this answer.
+        fn answered(&self, target: &str, answer: Answer) -> Verdict {
+            thread::scope(|scope| {
+                let point = &self.point;
+                let verdict = scope.spawn(|| point.decide(Service::Exec, target));
+                self.questions.recv().unwrap().1.send(answer).unwrap();
+                verdict.join().unwrap()
+            })
+        }
+
+        /// The silence after a no is over.
+        fn later(&self) {
+            self.point.lock().silent_until = None;
+        }
+    }
+
+    #[test]
+    fn allowed_denied_and_written_down_with_the_rule() {
+        let fixture = fixture("open-url mail https://* allow\n* mail * deny\n");
+        let file = fixture.folder.path().join("user/policy");
+        assert!(fixture.point.decide(Service::OpenUrl, "https://x.org").allowed);
+        assert!(!fixture.point.decide(Service::OpenUrl, "a\nallow exec \u{202e}").allowed);
+        let rule = |line, rule: &str| format!("({}:{line}: {rule})", file.display());
+        let expected = [
+            format!("allow open-url \"mail\" \"https://x.org\" {}", rule(1, "open-url mail https://* allow")),
+            format!("deny open-url \"mail\" \"a\\nallow exec \\u{{202e}}\" {}", rule(2, "* mail * deny")),
+        ];
+        assert_eq!(fixture.log(), expected);
+        // A change counts at once, a mistake too.
+        fs::write(&file, "open-url mail * allow\nopen-url mail * alow\n").unwrap();
+        let verdict = fixture.point.decide(Service::OpenUrl, "https://x.org");
+        assert!(!verdict.allowed && verdict.because.contains("/policy:2:17: unknown action"), "{verdict:?}");
+        assert!(!fixture.point.decide(Service::OpenUrl, &"x".repeat(5000)).allowed);
+        assert!(fixture.log().iter().all(|line| line.len() < 2000));
+    }
+
+    #[test]
+    fn the_user_is_asked_and_may_be_asked_again() {
+        let fixture = fixture("exec mail vault:* ask\n");
+        for (answer, allowed, how) in [
+            (Answer::Once, true, "the user allowed it"),
+            (Answer::No, false, "the user denied it"),
+            (Answer::None, false, "the user did not answer in 9 s"),
+            (Answer::UntilItEnds, true, "the user allowed it until the VM ends"),
+        ] {
+            let verdict = fixture.answered("vault:a", answer);
+            assert_eq!(verdict.allowed, allowed);
+            assert!(verdict.because.ends_with(&format!("exec mail vault:* ask; {how}")), "{verdict:?}");
+            fixture.later();
+        }
+        // Remembered, of this target and while the rule says that the user decides.
+        let verdict = fixture.point.decide(Service::Exec, "vault:a");
+        assert!(verdict.allowed && verdict.because.ends_with("the user has allowed it until the VM ends"));
+        assert!(!fixture.answered("vault:b", Answer::No).allowed);
+        fs::write(fixture.folder.path().join("user/policy"), "exec mail vault:* deny\n").unwrap();
+        assert!(!fixture.point.decide(Service::Exec, "vault:a").allowed);
+        assert_eq!(fixture.log().len(), 7);
+    }
+
+    #[test]
+    fn a_flood_of_requests_is_one_question() {
+        let fixture = fixture("exec mail * ask\n");
+        thread::scope(|scope| {
+            let point = &fixture.point;
+            let first = scope.spawn(|| point.decide(Service::Exec, "vault:a"));
+            let (question, answer) = fixture.questions.recv().unwrap();
+            assert!(question.details == "App: mail\nService: exec\nTarget: \u{201c}vault:a\u{201d}", "{question:?}");
+            for number in 1..100 {
+                assert!(!fixture.point.decide(Service::Exec, &format!("vault:{number}")).allowed);
+            }
+            answer.send(Answer::No).unwrap();
+            assert!(!first.join().unwrap().allowed);
+        });
+        assert!(!fixture.point.decide(Service::Exec, "vault:a").allowed);
+        assert!(fixture.questions.try_recv().is_err(), "it was asked again");
+        let log = fixture.log();
+        let unasked = log.iter().filter(|line| line.contains("not asked: another question is open")).count();
+        assert!((19..60).contains(&unasked), "{log:?}");
+        let again = log.iter().any(|line| line.contains("unseen, there were too many at once"));
+        // The last decision may have been in the same second, and unseen, too.
+        assert!(again || fixture.point.lock().unseen > 0, "{log:?}");
+    }
+
+    #[test]
+    fn what_cannot_be_written_down_is_denied() {
+        let fixture = fixture("* * * allow\n");
+        fs::write(fixture.folder.path().join("state"), "no folder").unwrap();
+        let verdict = fixture.point.decide(Service::Files, "/x");
+        assert!(!verdict.allowed && verdict.because.contains("cannot be written to the log"), "{verdict:?}");
+    }
+}

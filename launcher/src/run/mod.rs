@@ -32,7 +32,7 @@ use crate::{
     cli::{RunOptions, WarmOptions},
     home::Home,
     places::Places,
-    policy::DecisionPoint,
+    policy::{DecisionPoint, Service},
     progress, template,
 };
 
@@ -53,6 +53,8 @@ pub enum RunError {
     Grant(#[from] grants::GrantError),
     #[error(transparent)]
     Warm(#[from] warm::WarmError),
+    #[error("{app} is not started: it asks for {key} ({target}), which the policy denies: {because}")]
+    Denied { app: String, key: &'static str, target: String, because: String },
     #[error("lost the agent in the VM: {0}")]
     Agent(#[from] LinkError),
     #[error(transparent)]
@@ -80,6 +82,7 @@ pub fn run(home: &Home, places: &Places, options: &RunOptions) -> Result<ExitCod
     // Before anything is started, or a signal could leave it behind.
     let signals = Signals::new().map_err(io_error("receive signals"))?;
     let point = Arc::new(DecisionPoint::new(places.clone(), &settings.about.app));
+    permit(&point, &options.asks)?;
     let mut vm = start(home, &settings, &signals, options)?;
     let result = in_vm(&mut vm, &signals, &settings, options, &point);
     match result {
@@ -92,6 +95,19 @@ pub fn run(home: &Home, places: &Places, options: &RunOptions) -> Result<ExitCod
         Err(RunError::Agent(error)) => Err(vm.reason_for_loss().map_or(RunError::Agent(error), RunError::Vm)),
         Err(error) => Err(error),
     }
+}
+
+/// Has the policy allow what the app's file asks for. An app that may not have all of it is not started: it would not be the one
+/// that the file describes.
+fn permit(point: &DecisionPoint, asks: &[(&'static str, Service, String)]) -> Result<(), RunError> {
+    for (key, service, target) in asks {
+        let verdict = point.decide(*service, target);
+        if !verdict.allowed {
+            let (app, because) = (point.app().to_owned(), verdict.because);
+            return Err(RunError::Denied { app, key, target: target.clone(), because });
+        }
+    }
+    Ok(())
 }
 
 /// Says how the VM is started.
@@ -184,4 +200,28 @@ fn exit_code(status: ExitStatus) -> ExitCode {
 /// What a shell reports for a process that a signal ended.
 fn status_of_signal(signal: i32) -> u8 {
     u8::try_from(signal.saturating_add(128)).unwrap_or(u8::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_app_that_may_not_have_what_it_asks_for_is_not_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let places = Places::at(folder.path());
+        let file = places.policies().next().unwrap();
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(&file, "network web internet allow\n").unwrap();
+        let asks = |app: &str, asks: &[_]| permit(&DecisionPoint::new(places.clone(), app), asks);
+        let network = ("network", Service::Network, "internet".to_owned());
+        asks("web", &[]).unwrap();
+        asks("web", std::slice::from_ref(&network)).unwrap();
+        let sound = ("sound", Service::Sound, "-".to_owned());
+        let error = asks("web", &[network.clone(), sound]).unwrap_err().to_string();
+        let expected = "web is not started: it asks for sound (-), which the policy denies: no rule of ";
+        assert!(error.starts_with(expected), "{error}");
+        let error = asks("mail", &[network]).unwrap_err().to_string();
+        assert!(error.contains("asks for network (internet)"), "{error}");
+    }
 }

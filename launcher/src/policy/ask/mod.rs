@@ -43,8 +43,10 @@ pub enum Answer {
 pub struct Question {
     /// One line.
     pub title: String,
-    /// App, service and target, a line each, and what happens without an answer.
-    pub body: String,
+    /// App, service and target, a line each.
+    pub details: String,
+    /// What happens without an answer.
+    pub end: String,
 }
 
 impl Question {
@@ -64,11 +66,8 @@ impl Question {
         let app = text::shown(app);
         Self {
             title: format!("May the VM of {app} {wish}?"),
-            body: format!(
-                "App: {app}\nService: {service}\nTarget: \u{201c}{}\u{201d}\n\nWithout an answer in {} s it may not.",
-                text::shown(target),
-                time.as_secs()
-            ),
+            details: format!("App: {app}\nService: {service}\nTarget: \u{201c}{}\u{201d}", text::shown(target)),
+            end: format!("Without an answer in {} s it may not.", time.as_secs()),
         }
     }
 }

@@ -104,7 +104,7 @@ fn ask_backend(connection: &Connection, name: &str, question: &Question) -> zbus
     let (id, window) = ("", "");
     let answer = backend.call::<_, _, (u32, HashMap<String, OwnedValue>)>(
         "AccessDialog",
-        &(&handle, id, window, question.title.as_str(), "", question.body.as_str(), options),
+        &(&handle, id, window, question.title.as_str(), question.details.as_str(), question.end.as_str(), options),
     );
     match answer {
         Ok((GRANTED, results)) if is_remembered(&results) => Ok(Answer::UntilItEnds),

@@ -77,8 +77,8 @@ impl Program {
     }
 }
 
-fn arguments(kind: Kind, Question { title, body }: &Question) -> Vec<String> {
-    let text = format!("{title}\n\n{body}");
+fn arguments(kind: Kind, Question { title, details, end }: &Question) -> Vec<String> {
+    let text = format!("{title}\n\n{details}\n\n{end}");
     let words: &[&str] = match kind {
         Kind::Zenity => &[
             "--question",
@@ -107,7 +107,7 @@ mod tests {
     #[test]
     fn status_and_time_are_the_answer() {
         let folder = tempfile::tempdir().unwrap();
-        let question = Question { title: "May it?".into(), body: "App: a".into() };
+        let question = Question { title: "May it?".into(), details: "App: a".into(), end: "No.".into() };
         let ask = |script: &str, time| {
             let path = folder.path().join("zenity");
             fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();

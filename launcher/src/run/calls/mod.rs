@@ -22,7 +22,6 @@ use std::{
 use guest_proto::{Call, FromAgent, FromCaller, Link, LinkError, Reply, Request, Run, ToAgent};
 
 use super::{
-    RunError,
     folder::{self, VSOCK},
     vm::{self, AgentLink},
 };
@@ -49,7 +48,7 @@ const USER: &str = "user";
 /// Who calls, for the service: an environment variable.
 const CALLER: &str = "SPECTRUM_CALLER";
 
-/// Why there is no call. The first sentences are what the caller is told: nothing of the host is in them.
+/// Why there is no call, or not to its end. The caller is told why it has none: nothing of the host is in these sentences.
 #[derive(Debug, thiserror::Error)]
 enum CallError {
     #[error("{0:?} cannot be the name of an app or a service")]
@@ -76,7 +75,12 @@ enum CallError {
 pub fn serve(listener: UnixListener, point: Arc<DecisionPoint>) -> io::Result<()> {
     let accept = move || {
         let active = Arc::new(AtomicUsize::new(0));
-        for stream in listener.incoming().flatten() {
+        for stream in listener.incoming() {
+            let stream = match stream {
+                Ok(stream) => stream,
+                Err(error) if is_of_one(&error) => continue,
+                Err(error) => return log::error!("{:?} cannot call other apps any more: {error}", point.app()),
+            };
             if active.fetch_add(1, Ordering::SeqCst) >= CALLS {
                 active.fetch_sub(1, Ordering::SeqCst);
                 // Without waiting: the socket takes so little at once.
@@ -96,6 +100,11 @@ pub fn serve(listener: UnixListener, point: Arc<DecisionPoint>) -> io::Result<()
         }
     };
     thread::Builder::new().name("calls".into()).spawn(accept).map(drop)
+}
+
+/// Whether accepting failed for one connection only.
+fn is_of_one(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted)
 }
 
 fn refuse(link: &mut Result<CallerLink, LinkError>, error: &CallError) -> Result<(), LinkError> {
@@ -159,11 +168,5 @@ fn find(app: &str, service: &str) -> Result<(PathBuf, Vec<String>), CallError> {
     match state.services.remove(service) {
         Some(argv) => Ok((folder.join(VSOCK), argv)),
         None => Err(CallError::NoService { app: app.into(), service: service.into() }),
-    }
-}
-
-impl From<CallError> for RunError {
-    fn from(error: CallError) -> Self {
-        Self::Application(error.to_string())
     }
 }
