@@ -13,10 +13,9 @@ use tests::{
     programs,
 };
 
-/// Lets the keyboard be there for a moment before the keys and after them: a button is pressed for a while, and not if the keyboard
-/// goes meanwhile.
-const BEFORE: [&str; 2] = ["-s", "300"];
-const AFTER: [&str; 2] = ["-s", "1500"];
+/// Milliseconds that the keyboard stays as it is before and after each key: GTK holds a button down for a while, and lets it go
+/// unpressed if the keyboard changes meanwhile.
+const PAUSE: &str = "1000";
 
 /// A user with a policy, in a session of their own.
 struct User {
@@ -104,8 +103,8 @@ fn a_question_is_answered_by_key_or_denied_when_nobody_does() {
         let window = desktop.wait_for_window(&mut decision, any);
         if !keys.is_empty() {
             desktop.wait_for_picture("question", |picture| picture.colours(&window) >= 16);
-            let keys = keys.iter().flat_map(|key| ["-k", key]);
-            let keys: Vec<&str> = BEFORE.into_iter().chain(keys).chain(AFTER).collect();
+            let keys = keys.iter().flat_map(|key| ["-k", key, "-s", PAUSE]);
+            let keys: Vec<&str> = ["-s", PAUSE].into_iter().chain(keys).collect();
             let _ = desktop.output("wtype", &keys);
         }
         let (text, status) = decision.end();

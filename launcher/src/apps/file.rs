@@ -404,7 +404,7 @@ mod tests {
         let app = parse(example).unwrap();
         assert_eq!((app.command.len(), &app.memory, app.not_yet()), (2, &Some(Size("2G".into())), None));
         let said = |key: &&str| {
-            let shown = |line: &str| line.starts_with(&format!("{key} =")) || line == format!("[{key}]");
+            let shown = |line: &str| line.starts_with(&format!("{key} =")) || line.starts_with(&format!("[{key}]"));
             example.lines().any(|line| shown(line.trim_start_matches("# ")))
         };
         assert!(KEYS.iter().all(said), "{example}");

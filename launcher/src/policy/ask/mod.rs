@@ -19,8 +19,8 @@ pub enum AskError {
     Program(#[from] programs::ProgramError),
     /// There is no way to ask.
     #[error(
-        "the desktop shows no questions ({0}), and there is neither zenity nor kdialog in PATH: install one, or a portal \
-         back-end such as xdg-desktop-portal-gtk"
+        "the desktop shows no questions ({0}), and there is neither zenity nor kdialog in PATH, or no display: install one, or a \
+         portal back-end such as xdg-desktop-portal-gtk"
     )]
     Nobody(portal::PortalError),
 }

@@ -42,8 +42,11 @@ pub struct Program {
     kind: Kind,
 }
 
-/// The first one there is in PATH.
+/// The first one there is in PATH; none without a display, where they would fail with the status that means no.
 pub fn find() -> Option<Program> {
+    if ["WAYLAND_DISPLAY", "DISPLAY"].into_iter().all(|name| env::var_os(name).is_none()) {
+        return None;
+    }
     let path = env::var_os("PATH").unwrap_or_default();
     let known = [("zenity", Kind::Zenity), ("kdialog", Kind::Kdialog)];
     known.into_iter().find_map(|(name, kind)| {
