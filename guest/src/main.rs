@@ -1,9 +1,10 @@
 //! PID 1, agent and Wayland proxy of an application VM: one static multi-call binary.
 //!
 //! The kernel starts it as `/init` of the initramfs. As PID 1 it mounts the template's root, then starts itself again for
-//! the other parts, which are chosen by the first argument.
+//! the other parts, which are chosen by the first argument. Applications know it as `spectrum-guest`, for calls of other apps.
 
 mod agent;
+mod call;
 mod console;
 mod init;
 mod sys;
@@ -14,7 +15,8 @@ use std::process::ExitCode;
 use console::say;
 use spectrum_guest::wayland;
 
-const USAGE: &str = "usage: spectrum-guest init | agent | wayland";
+const USAGE: &str =
+    "usage: spectrum-guest call APP SERVICE | call --listen SOCKET APP SERVICE COMMAND... | connect SOCKET";
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
@@ -27,6 +29,8 @@ fn main() -> ExitCode {
         Some("init") => init::main(),
         Some("agent") => agent::main(),
         Some("wayland") => wayland_proxy(),
+        Some("call") => call::main(arguments),
+        Some("connect") => call::connect(arguments),
         _ => {
             say!("{USAGE}");
             ExitCode::from(2)

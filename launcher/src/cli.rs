@@ -1,9 +1,11 @@
 //! The command line.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{collections::BTreeMap, ffi::OsString, path::PathBuf};
 
 use clap::{Args, FromArgMatches, Parser, Subcommand};
 pub use vms::{GrantOptions, PlaceOptions, VmCommand};
+
+use crate::policy::Service;
 
 mod vms;
 
@@ -103,9 +105,25 @@ pub enum PolicyCommand {
         service: String,
         /// The app that asks
         app: String,
-        /// What for: a path, a URL, a host and port, another app
+        /// What for: a path, a URL, a host and port, an app and its service
         target: String,
     },
+    /// Decide a request as it is decided for a VM: the user is asked where the policy says so, and it is logged
+    ///
+    /// The exit status is 1 if it is denied.
+    Decide {
+        /// What is asked for: files, clipboard, open-url, notify, network, sound, microphone, camera, exec
+        service: String,
+        /// The app that asks
+        app: String,
+        /// What for: a path, a URL, a host and port, an app and its service
+        target: String,
+        /// Seconds the user has to answer
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600), value_name = "SECONDS")]
+        timeout: u64,
+    },
+    /// Print what was decided, the oldest first
+    Log,
 }
 
 /// Commands about one app.
@@ -281,6 +299,15 @@ pub struct RunOptions {
     /// Show the VMM's messages and the VM's console on standard error
     #[arg(long)]
     pub debug: bool,
+    /// The app whose file was found.
+    #[arg(skip)]
+    pub app: Option<String>,
+    /// What of that file the policy has to allow: its key, service and target.
+    #[arg(skip)]
+    pub asks: Vec<(&'static str, Service, String)>,
+    /// What that app offers to others.
+    #[arg(skip)]
+    pub services: BTreeMap<String, Vec<String>>,
     /// An app or a program in the VM, and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "APP")]
     pub command: Vec<String>,

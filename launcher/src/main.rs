@@ -26,7 +26,7 @@ use places::Places;
 /// Exit status for failures of the launcher itself, so that they differ from the application's.
 const FAILURE: u8 = 125;
 
-/// Exit status of a command that found something to mend.
+/// Exit status of a command that found something to mend, and of a decision that denies.
 const NOT_READY: u8 = 1;
 
 fn main() -> ExitCode {
@@ -48,14 +48,14 @@ fn main() -> ExitCode {
 fn dispatch(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
     match cli.command {
         Command::Run(mut options) => {
-            let home = home::Home::find()?;
-            apps::fill_in(&Places::find()?, &mut options)?;
-            return Ok(run::run(&home, &options)?);
+            let (home, places) = (home::Home::find()?, Places::find()?);
+            apps::fill_in(&places, &mut options)?;
+            return Ok(run::run(&home, &places, &options)?);
         }
         Command::Open(options) => {
-            let home = home::Home::find()?;
-            let run = apps::open::to_run(&Places::find()?, &options)?;
-            return Ok(run::run(&home, &run)?);
+            let (home, places) = (home::Home::find()?, Places::find()?);
+            let run = apps::open::to_run(&places, &options)?;
+            return Ok(run::run(&home, &places, &run)?);
         }
         Command::Vm(command) => return Ok(run::vms::dispatch(command)?),
         Command::Template(command) => template(command)?,
@@ -66,7 +66,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
         }
         Command::App(AppCommand::Add { file }) => print_paths(&apps::menu::add(&Places::find()?, &file)?)?,
         Command::App(AppCommand::Rm { name }) => print_paths(&apps::menu::remove(&Places::find()?, &name)?)?,
-        Command::Policy(command) => policy(command)?,
+        Command::Policy(command) => return policy(command),
         Command::Doctor { json } => {
             let (report, ready) = doctor::examine(&home::Home::find()?, json);
             print(&report)?;
@@ -121,7 +121,7 @@ fn template(command: TemplateCommand) -> Result<(), Box<dyn std::error::Error>> 
     Ok(())
 }
 
-fn policy(command: PolicyCommand) -> Result<(), Box<dyn std::error::Error>> {
+fn policy(command: PolicyCommand) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let places = Places::find()?;
     match command {
         PolicyCommand::Check { file } => {
@@ -135,8 +135,19 @@ fn policy(command: PolicyCommand) -> Result<(), Box<dyn std::error::Error>> {
             let decision = policy::Policy::load(&places)?.decide(service.parse()?, &app, &target);
             print(&format!("{}\t{}\n", decision.action, decision.because))?;
         }
+        PolicyCommand::Decide { service, app, target, timeout } => {
+            if !home::is_name(&app) {
+                return Err(format!("{app:?} cannot be the name of an app").into());
+            }
+            let time = std::time::Duration::from_secs(timeout);
+            let verdict = policy::DecisionPoint::with_time(places, &app, time).decide(service.parse()?, &target);
+            let action = if verdict.allowed { policy::Action::Allow } else { policy::Action::Deny };
+            print(&format!("{action}\t{}\n", verdict.because))?;
+            return Ok(if verdict.allowed { ExitCode::SUCCESS } else { ExitCode::from(NOT_READY) });
+        }
+        PolicyCommand::Log => print(&policy::read_log(&places)?)?,
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 /// One page: the program, then the options of each command in a section of its own.

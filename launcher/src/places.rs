@@ -21,6 +21,8 @@ pub struct Places {
     system: Vec<PathBuf>,
     /// The user's entries of the desktop's menu: `$XDG_DATA_HOME/applications`.
     menu: Option<PathBuf>,
+    /// What the user's programs keep between runs: `$XDG_STATE_HOME/spectrum`.
+    state: Option<PathBuf>,
 }
 
 impl Places {
@@ -34,11 +36,13 @@ impl Places {
         let folders = folders.unwrap_or_else(|| DATA_FOLDERS.into());
         // Relative ones are to be ignored, the specification says.
         let shared = env::split_paths(&folders).filter(|path| path.is_absolute()).map(|path| path.join("spectrum"));
+        let state = folder_variable("XDG_STATE_HOME")?.or_else(|| below_home(".local/state"));
         Ok(Self {
-            home,
             user: config.map(|path| path.join("spectrum")),
             system: [PathBuf::from(SYSTEM)].into_iter().chain(shared).collect(),
             menu: data.map(|path| path.join("applications")),
+            state: state.map(|path| path.join("spectrum")),
+            home,
         })
     }
 
@@ -46,7 +50,13 @@ impl Places {
     #[cfg(test)]
     pub fn at(path: &std::path::Path) -> Self {
         let home = Some(path.join("home"));
-        Self { home, user: Some(path.join("user")), system: vec![path.join("system")], menu: Some(path.join("menu")) }
+        Self {
+            home,
+            user: Some(path.join("user")),
+            system: vec![path.join("system")],
+            menu: Some(path.join("menu")),
+            state: Some(path.join("state")),
+        }
     }
 
     /// What `~` stands for.
@@ -78,5 +88,10 @@ impl Places {
     /// The folder of the user's menu entries.
     pub fn menu(&self) -> Result<PathBuf, HomeError> {
         self.menu.clone().ok_or(HomeError::NoUser)
+    }
+
+    /// The folder for what is kept between runs.
+    pub fn state(&self) -> Result<PathBuf, HomeError> {
+        self.state.clone().ok_or(HomeError::NoUser)
     }
 }

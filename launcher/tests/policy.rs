@@ -10,6 +10,8 @@ use std::{
 fn spectrum(home: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_spectrum"));
     command.args(arguments).env_clear().env("HOME", home);
+    // Nobody is to be asked on the desktop of who runs this test.
+    command.env("DBUS_SESSION_BUS_ADDRESS", "unix:path=/no/bus");
     command
 }
 
@@ -32,8 +34,17 @@ fn a_policy_is_checked_asked_and_logged() {
     assert_eq!(run(&eval), (Some(0), format!("ask\t{rule}\n"), String::new()));
     let denied = run(&["policy", "eval", "camera", "mail", "-"]);
     assert_eq!(denied.1, format!("deny\t{path}:3: * * * deny\n"));
-    let (_, _, log) = texts(spectrum(folder.path(), &eval).env("RUST_LOG", "policy=info"));
-    assert!(log.contains(&format!("ask open-url \"mail\" \"https://x.org/a\" ({rule})")), "{log}");
+    assert_eq!(run(&["policy", "log"]), (Some(0), String::new(), String::new()), "nothing was decided");
+    // Nobody can be asked here.
+    let decided = run(&["policy", "decide", "open-url", "mail", "https://x.org/a"]);
+    assert!(decided.0 == Some(1) && decided.1.starts_with(&format!("deny\t{rule}; not asked: ")), "{decided:?}");
+    assert!(decided.1.contains("neither zenity nor kdialog"), "{decided:?}");
+    let decided = run(&["policy", "decide", "camera", "mail", "-"]);
+    assert_eq!(decided, (Some(1), format!("deny\t{path}:3: * * * deny\n"), String::new()));
+    let (_, log, _) = run(&["policy", "log"]);
+    let lines: Vec<&str> = log.lines().filter_map(|line| line.split_once(' ')).map(|(_, rest)| rest).collect();
+    assert!(lines[0].starts_with(&format!("deny open-url \"mail\" \"https://x.org/a\" ({rule}; not asked")), "{log}");
+    assert_eq!(lines[1..], [format!("deny camera \"mail\" \"-\" ({path}:3: * * * deny)")]);
     let unknown = run(&["policy", "eval", "files!", "mail", "-"]);
     assert_eq!((unknown.0, unknown.2.contains("did you mean \"files\"?")), (Some(125), true), "{unknown:?}");
 

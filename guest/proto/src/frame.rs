@@ -122,7 +122,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{FromAgent, Request, ToAgent};
+    use crate::{FromAgent, FromCaller, Request, ToAgent};
 
     fn encoded(message: &ToAgent) -> Vec<u8> {
         let mut out = Vec::new();
@@ -198,6 +198,7 @@ mod tests {
         fn hostile_payloads_are_harmless(kind in 0u8..12, payload in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = ToAgent::from_parts(kind, &payload);
             let _ = FromAgent::from_parts(kind, &payload);
+            let _ = FromCaller::from_parts(kind, &payload);
         }
     }
 }

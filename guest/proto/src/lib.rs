@@ -10,6 +10,13 @@
 //! * The launcher connects **in** on [`AGENT_PORT`], one connection for each request. A connection carries one
 //!   [`Request`] and, for [`Request::Run`], the streams of that one process. Any number may be open at once.
 //!
+//! # Calls between apps
+//!
+//! A process in the guest that wants a service of another app connects out to the host on [`CALL_PORT`], and sends a [`Call`] as its
+//! first [`FromCaller`] frame. The launcher answers like an agent would that was asked to run the service: [`Reply::Started`] or
+//! [`Reply::Failed`], then the streams, with the same windows, then [`FromAgent::Exit`]. The process that serves the call dies
+//! with the connection.
+//!
 //! # Waking
 //!
 //! A VM that was cloned is its twin's copy until it is told otherwise, so the agent starts nothing until it has carried out
@@ -44,13 +51,16 @@ mod message;
 pub use frame::{Decoder, MAX_FRAME, MAX_PAYLOAD, Message, ProtoError};
 pub use identity::{BootId, Hostname, Identity, IdentityError, MachineId, Seed};
 pub use link::{Link, LinkError};
-pub use message::{ExitStatus, FromAgent, Hello, Reply, Request, Run, ToAgent, Window};
+pub use message::{Call, ExitStatus, FromAgent, FromCaller, Hello, Reply, Request, Run, ToAgent, Window};
 
 /// The vsock port the agent listens on in the guest.
 pub const AGENT_PORT: u32 = 5000;
 
 /// The vsock port of the host that the agent connects to once it accepts requests.
 pub const READY_PORT: u32 = 5001;
+
+/// The vsock port of the host that processes in the guest connect to in order to call another app.
+pub const CALL_PORT: u32 = 5003;
 
 /// Version of this protocol; both sides must have the same.
 pub const VERSION: u32 = 3;

@@ -106,6 +106,25 @@ pub struct Hello {
     pub version: u32,
 }
 
+/// A service of another app, which the launcher and its policy are asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Call {
+    /// The app that has it.
+    pub app: String,
+    /// One of the services that app offers.
+    pub service: String,
+}
+
+/// From a process in the guest that calls another app to the launcher.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FromCaller {
+    /// Kind 1.
+    Call(Call),
+    /// Kind 2: bytes for the service's standard input; none means end of file.
+    Stdin(Vec<u8>),
+}
+
 /// From the launcher to the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToAgent {
@@ -175,6 +194,23 @@ impl Message for ToAgent {
     }
 }
 
+impl Message for FromCaller {
+    fn to_parts(&self) -> Result<(u8, Vec<u8>), ProtoError> {
+        match self {
+            Self::Call(call) => json(1, call),
+            Self::Stdin(bytes) => Ok((2, bytes.clone())),
+        }
+    }
+
+    fn from_parts(kind: u8, payload: &[u8]) -> Result<Self, ProtoError> {
+        match kind {
+            1 => parse(kind, payload).map(Self::Call),
+            2 => Ok(Self::Stdin(payload.to_vec())),
+            _ => Err(ProtoError::Kind(kind)),
+        }
+    }
+}
+
 impl Message for FromAgent {
     fn to_parts(&self) -> Result<(u8, Vec<u8>), ProtoError> {
         match self {
@@ -238,6 +274,8 @@ mod tests {
         round_trip(&ToAgent::Stdin(vec![]));
         round_trip(&ToAgent::Signal(9));
         round_trip(&ToAgent::Resize(Window { rows: 0x1234, columns: 0xfedc }));
+        round_trip(&FromCaller::Call(Call { app: "vault".into(), service: "ssh-agent".into() }));
+        round_trip(&FromCaller::Stdin(vec![0, 255]));
         let failed = Reply::Failed { message: "no".into() };
         for reply in [Reply::Pong { version: 1 }, Reply::Started { pid: 7 }, Reply::Done, failed] {
             round_trip(&FromAgent::Reply(reply));
@@ -258,6 +296,8 @@ mod tests {
         assert!(ToAgent::from_parts(3, b"ab").is_err());
         assert!(ToAgent::from_parts(4, b"abc").is_err());
         assert!(ToAgent::from_parts(1, br#"{"run":{"argv":[],"user":"u","extra":1}}"#).is_err());
+        assert!(FromCaller::from_parts(3, b"a").is_err());
+        assert!(FromCaller::from_parts(1, br#"{"app":"a","service":"b","argv":["sh"]}"#).is_err());
         assert!(FromAgent::from_parts(5, b"abc").is_err());
         assert!(FromAgent::from_parts(6, br#"{"code":256}"#).is_err());
         assert!(ToAgent::from_parts(1, br#"{"wake":{"realtime":1}}"#).is_err());

@@ -26,6 +26,7 @@ use rustix::{
     io::Errno,
     net::{SocketFlags, acceptfrom_with},
 };
+pub use session::exit_status;
 
 use crate::{console::say, sys};
 

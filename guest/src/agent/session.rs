@@ -353,7 +353,8 @@ struct Ready {
     ended: bool,
 }
 
-fn exit_status(status: std::process::ExitStatus) -> ExitStatus {
+/// How a process ended, as the protocol says it.
+pub fn exit_status(status: std::process::ExitStatus) -> ExitStatus {
     match (status.code(), status.signal()) {
         (Some(code), _) => ExitStatus::Code(u8::try_from(code).unwrap_or(u8::MAX)),
         (None, Some(signal)) => ExitStatus::Signal(u8::try_from(signal).unwrap_or(u8::MAX)),

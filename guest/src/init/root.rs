@@ -12,7 +12,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::inotify,
     io::Errno,
-    mount::{MountFlags, mount, mount_move},
+    mount::{MountFlags, mount, mount_bind, mount_move},
 };
 
 use super::cmdline::Parameters;
@@ -104,10 +104,25 @@ pub fn enter(parameters: &Parameters) -> Result<(), RootError> {
     let target = format!("/spectrum/root/{READ_ONLY}");
     folder(&target)?;
     mount_move("/spectrum/ro", &target).map_err(mount_error(&target))?;
+    offer_program("/spectrum/root");
     switch("/spectrum/root")?;
     folder("/tmp")?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV;
     mount("tmpfs", "/tmp", "tmpfs", flags, Some(c"mode=1777")).map_err(mount_error("/tmp"))
+}
+
+/// Lets applications start this program by its name: the file itself, which would otherwise have none when the initramfs is
+/// deleted, takes no more memory. Without it nothing but calls of other apps is missing.
+fn offer_program(root: &str) {
+    let offered = || -> io::Result<()> {
+        let (file, name) = (format!("{root}/run/spectrum/guest"), format!("{root}/usr/local/bin/spectrum-guest"));
+        fs::write(&file, "")?;
+        mount_bind("/init", &file)?;
+        std::os::unix::fs::symlink("/run/spectrum/guest", name)
+    };
+    if let Err(error) = offered() {
+        say!("init: applications cannot call others: {error}");
+    }
 }
 
 /// Mounts the image, with direct access to host memory where the device has it.

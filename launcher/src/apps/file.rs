@@ -1,6 +1,7 @@
 //! An app file: what one application may use, in TOML.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     num::NonZeroU8,
     path::{Path, PathBuf},
@@ -10,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use toml::de::DeTable;
 use vmm_config::keyvalue::{nearest, parse_size};
 
-use crate::{home::is_name, text::Mistake};
+use crate::{home::is_name, policy::Service, text::Mistake};
 
 /// Every key of an app file.
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 13] = [
     "template",
     "command",
     "mime",
@@ -26,6 +27,7 @@ const KEYS: [&str; 12] = [
     "sound",
     "gpu",
     "wayland",
+    "services",
 ];
 
 /// An application. A file that says nothing describes one that has nothing but its windows.
@@ -63,6 +65,9 @@ pub struct App {
     pub gpu: Gpu,
     /// Whether it has windows.
     pub wayland: bool,
+    /// What it offers to other apps: the command in its VM of each service.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub services: BTreeMap<Name, ServiceCommand>,
 }
 
 impl Default for App {
@@ -80,12 +85,35 @@ impl Default for App {
             sound: false,
             gpu: Gpu::CrossDomain,
             wayland: true,
+            services: BTreeMap::new(),
         }
     }
 }
 
-/// A name that is also a file's.
+/// A program in the VM and its arguments.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<String>", into = "Vec<String>")]
+pub struct ServiceCommand(Vec<String>);
+
+impl TryFrom<Vec<String>> for ServiceCommand {
+    type Error = String;
+
+    fn try_from(command: Vec<String>) -> Result<Self, String> {
+        match command.first() {
+            Some(program) if !program.is_empty() => Ok(Self(command)),
+            _ => Err("a service is a program and its arguments, such as [\"cat\"]".into()),
+        }
+    }
+}
+
+impl From<ServiceCommand> for Vec<String> {
+    fn from(command: ServiceCommand) -> Self {
+        command.0
+    }
+}
+
+/// A name that is also a file's.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Name(String);
 
@@ -303,6 +331,13 @@ impl App {
         asked.into_iter().find_map(|(asked, key, why)| asked.then_some((key, why)))
     }
 
+    /// What of this file the policy has to allow: the key, and what is asked of it.
+    pub fn asks(&self) -> Vec<(&'static str, Service, String)> {
+        let network = (self.network != Network::None).then(|| ("network", Service::Network, self.network.to_string()));
+        let sound = self.sound.then(|| ("sound", Service::Sound, "-".to_owned()));
+        network.into_iter().chain(sound).collect()
+    }
+
     /// The text of a file that describes this application.
     pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
         toml::to_string(self)
@@ -332,6 +367,7 @@ mod tests {
             sound: true,
             gpu: Gpu::CrossDomain,
             wayland: false,
+            services: [(Name("ssh-agent".into()), ServiceCommand(vec!["cat".into()]))].into(),
         }
     }
 
@@ -383,12 +419,22 @@ mod tests {
             ("cpus = 1\ncpus = 2", "2:1: duplicate key"),
             ("cpus = ", "1:8: "),
             ("[[command]]", "1:"),
+            ("[services]\nssh-agent = []", "2:13: a service is a program"),
+            ("[services]\nssh-agent = [\"\"]", "2:13: a service is a program"),
+            ("[services]\n\"a:b\" = [\"cat\"]", "\"a:b\" is no name"),
         ];
         for (text, expected) in table {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.starts_with("foot.toml:") && error.contains(expected), "{text:?}: {error}");
             assert!(!error.contains('\n'), "{error:?}");
         }
+    }
+
+    #[test]
+    fn what_reaches_beyond_the_vm_is_asked_for() {
+        assert_eq!(App::default().asks(), []);
+        let asked = [("network", Service::Network, "host:8080".to_owned()), ("sound", Service::Sound, "-".to_owned())];
+        assert_eq!(full().asks(), asked);
     }
 
     #[test]
@@ -413,8 +459,10 @@ mod tests {
         let example = text.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let app = parse(example).unwrap();
         assert_eq!((app.command.len(), &app.memory, app.not_yet()), (2, &Some(Size("2G".into())), None));
-        let said =
-            |key: &&str| example.lines().any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} =")));
+        let said = |key: &&str| {
+            let shown = |line: &str| line.starts_with(&format!("{key} =")) || line.starts_with(&format!("[{key}]"));
+            example.lines().any(|line| shown(line.trim_start_matches("# ")))
+        };
         assert!(KEYS.iter().all(said), "{example}");
         // What it shows in comments is right, too.
         assert!(parse("shares = [{ path = \"~/Documents\", write = false }]\npersist = \"web\"").is_ok());

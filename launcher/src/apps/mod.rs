@@ -144,6 +144,7 @@ fn start_with(name: &str, path: PathBuf, app: App, options: &mut RunOptions) -> 
     if let Some((key, why)) = app.not_yet() {
         return Err(AppError::NotYet { name: name.into(), path, key, why });
     }
+    options.asks = app.asks();
     if !app.command.is_empty() {
         options.command.splice(..1, app.command);
     }
@@ -151,6 +152,8 @@ fn start_with(name: &str, path: PathBuf, app: App, options: &mut RunOptions) -> 
     options.memory = options.memory.take().or(app.memory.map(String::from));
     options.cpus = options.cpus.or(app.cpus.map(u8::from));
     options.no_wayland |= !app.wayland && options.wayland.is_none();
+    options.app = Some(name.into());
+    options.services = app.services.into_iter().map(|(name, command)| (name.into(), command.into())).collect();
     Ok(())
 }
 

@@ -251,7 +251,9 @@ mod tests {
 
     fn about(name: Option<&str>) -> About {
         let name = name.map(str::to_owned);
-        About { name, program: "foot".into(), template: "default".into(), command: vec!["foot".into()], persist: None }
+        let (app, services) = ("foot".into(), [].into());
+        let command = vec!["foot".into()];
+        About { name, app, services, program: "foot".into(), template: "default".into(), command, persist: None }
     }
 
     fn create(base: &Path, name: Option<&str>) -> Result<RunFolder, FolderError> {

@@ -6,6 +6,7 @@
 
 pub mod cgroup;
 mod escapes;
+mod calls;
 mod folder;
 mod foreign;
 pub mod grants;
@@ -13,7 +14,7 @@ mod identity;
 mod journal;
 pub mod options;
 mod persist;
-mod process;
+pub mod process;
 mod relay;
 mod signals;
 mod state;
@@ -23,9 +24,9 @@ mod vm;
 pub mod vms;
 mod warm;
 
-use std::{path::Path, process::ExitCode};
+use std::{path::Path, process::ExitCode, sync::Arc};
 
-use guest_proto::{ExitStatus, IdentityError, LinkError, Request, Run};
+use guest_proto::{CALL_PORT, ExitStatus, IdentityError, LinkError, Request, Run};
 use options::Settings;
 use persist::Kept;
 use relay::Relay;
@@ -37,6 +38,8 @@ use crate::{
     cli::{RunOptions, WarmOptions},
     doctor,
     home::Home,
+    places::Places,
+    policy::{DecisionPoint, Service},
     progress, template,
 };
 
@@ -59,6 +62,8 @@ pub enum RunError {
     Persist(#[from] persist::PersistError),
     #[error(transparent)]
     Warm(#[from] warm::WarmError),
+    #[error("{app} is not started: it asks for {key} ({target}), which the policy denies: {because}")]
+    Denied { app: String, key: &'static str, target: String, because: String },
     #[error("lost the agent in the VM: {0}")]
     Agent(#[from] LinkError),
     #[error(transparent)]
@@ -80,20 +85,22 @@ fn io_error<E: Into<std::io::Error>>(what: &'static str) -> impl Fn(E) -> RunErr
 }
 
 /// Runs the application and gives its exit status, as a shell would.
-pub fn run(home: &Home, options: &RunOptions) -> Result<ExitCode, RunError> {
+pub fn run(home: &Home, places: &Places, options: &RunOptions) -> Result<ExitCode, RunError> {
     if let Some(name) = &options.place.vm {
         return vms::run_in(name, options);
     }
     let settings = Settings::new(home, options)?;
     // Before anything is started, or a signal could leave it behind.
     let signals = Signals::new().map_err(io_error("receive signals"))?;
+    let point = Arc::new(DecisionPoint::new(places.clone(), &settings.about.app));
+    permit(&point, &options.asks)?;
     // Given up after the VM, which is dropped first.
     let mut kept = settings.about.persist.as_ref().map(|name| Kept::take(home, name)).transpose()?;
     let mut vm = start(home, &settings, &signals, options).map_err(explained)?;
     let result = if settings.template.is_foreign() {
         foreign::run(&mut vm, &signals, &settings, kept.as_mut())
     } else {
-        in_vm(&mut vm, &signals, &settings, options, kept.as_mut())
+        in_vm(&mut vm, &signals, &settings, options, kept.as_mut(), &point)
     };
     match result {
         Ok(status) => {
@@ -113,6 +120,19 @@ fn explained(error: RunError) -> RunError {
         RunError::Vm(_) | RunError::Warm(_) => doctor::no_kvm().map_or(error, RunError::NoKvm),
         error => error,
     }
+}
+
+/// Has the policy allow what the app's file asks for. An app that may not have all of it is not started: it would not be the one
+/// that the file describes.
+fn permit(point: &DecisionPoint, asks: &[(&'static str, Service, String)]) -> Result<(), RunError> {
+    for (key, service, target) in asks {
+        let verdict = point.decide(*service, target);
+        if !verdict.allowed {
+            let (app, because) = (point.app().to_owned(), verdict.because);
+            return Err(RunError::Denied { app, key, target: target.clone(), because });
+        }
+    }
+    Ok(())
 }
 
 /// Says how the VM is started.
@@ -179,6 +199,7 @@ fn in_vm(
     settings: &Settings,
     options: &RunOptions,
     kept: Option<&mut Kept>,
+    point: &Arc<DecisionPoint>,
 ) -> Result<ExitStatus, RunError> {
     vm.wait_for_agent(signals)?;
     identity::give(vm.connect()?, &settings.hostname)?;
@@ -191,6 +212,7 @@ fn in_vm(
             persist::mount(vm.connect()?, &options.user)?;
         }
     }
+    calls::serve(vm.listen(CALL_PORT)?, point.clone()).map_err(io_error("serve the VM's calls"))?;
     vm.is_ready()?;
     let request = Request::Run(Run {
         argv: options.command.clone(),
@@ -214,4 +236,28 @@ fn exit_code(status: ExitStatus) -> ExitCode {
 /// What a shell reports for a process that a signal ended.
 fn status_of_signal(signal: i32) -> u8 {
     u8::try_from(signal.saturating_add(128)).unwrap_or(u8::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_app_that_may_not_have_what_it_asks_for_is_not_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let places = Places::at(folder.path());
+        let file = places.policies().next().unwrap();
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(&file, "network web internet allow\n").unwrap();
+        let asks = |app: &str, asks: &[_]| permit(&DecisionPoint::new(places.clone(), app), asks);
+        let network = ("network", Service::Network, "internet".to_owned());
+        asks("web", &[]).unwrap();
+        asks("web", std::slice::from_ref(&network)).unwrap();
+        let sound = ("sound", Service::Sound, "-".to_owned());
+        let error = asks("web", &[network.clone(), sound]).unwrap_err().to_string();
+        let expected = "web is not started: it asks for sound (-), which the policy denies: no rule of ";
+        assert!(error.starts_with(expected), "{error}");
+        let error = asks("mail", &[network]).unwrap_err().to_string();
+        assert!(error.contains("asks for network (internet)"), "{error}");
+    }
 }

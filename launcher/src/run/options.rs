@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     cli::{RunOptions, WarmOptions},
-    home::Home,
+    home::{Home, is_name},
     template::{self, Template, TemplateError},
 };
 
@@ -28,6 +28,8 @@ const DEFAULT_CPUS: u8 = 1;
 
 /// What Spectrum OS gives each of its machines.
 const FOREIGN_MEMORY: &str = "1G";
+/// The app of a program whose name cannot be one.
+const UNNAMED: &str = "unnamed";
 
 /// What is wrong with the command line or the environment.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +104,8 @@ impl Settings {
         Ok(Self {
             about: About {
                 name: options.place.name.clone(),
+                app: options.app.clone().unwrap_or_else(|| app_of(program)),
+                services: options.services.clone(),
                 program: hostname.clone(),
                 template: name_of(&template),
                 command: options.command.clone(),
@@ -133,6 +137,8 @@ impl Settings {
         Ok(Self {
             about: About {
                 name: None,
+                app: UNNAMED.into(),
+                services: BTreeMap::new(),
                 program: "template".into(),
                 template: name_of(&template),
                 command: Vec::new(),
@@ -228,6 +234,11 @@ pub fn environment(pairs: &[String]) -> Result<BTreeMap<String, String>, Options
         _ => Err(OptionsError::Environment(text.clone())),
     };
     pairs.iter().map(pair).collect()
+}
+
+/// What the policy knows a program by that no app file is for.
+fn app_of(program: &OsStr) -> String {
+    program.to_str().filter(|name| is_name(name)).unwrap_or(UNNAMED).to_owned()
 }
 
 /// What the program is called, as far as a host name can say it.

@@ -1,6 +1,7 @@
 //! What is written down about a running VM, in its private folder, for other commands.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     io::Write,
     path::{Path, PathBuf},
@@ -22,6 +23,10 @@ const LONGEST_NAME: usize = 64;
 pub struct About {
     /// What it shall be called; else `program` and a number.
     pub name: Option<String>,
+    /// The app, as the policy knows it.
+    pub app: String,
+    /// What it offers to others: the command of each service.
+    pub services: BTreeMap<String, Vec<String>>,
     /// What the application is called, as a host name.
     pub program: String,
     /// The template.
@@ -47,6 +52,10 @@ pub enum Origin {
 pub struct State {
     /// What the user calls it. No two have the same.
     pub name: String,
+    /// The app, as the policy knows it.
+    pub app: String,
+    /// What it offers to others: the command of each service.
+    pub services: BTreeMap<String, Vec<String>>,
     /// The template.
     pub template: String,
     /// The application it was started for, and its arguments.
@@ -75,6 +84,8 @@ impl State {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(Self {
             name,
+            app: about.app.clone(),
+            services: about.services.clone(),
             template: about.template.clone(),
             command: about.command.clone(),
             persist: about.persist.clone(),

@@ -215,6 +215,11 @@ impl Vm {
         connect(&self.folder.path(VSOCK))
     }
 
+    /// Listens for connections of the guest to this port of the host.
+    pub fn listen(&self, port: u32) -> Result<UnixListener, RunError> {
+        UnixListener::bind(self.folder.path(&format!("vsock.sock_{port}"))).map_err(io_error("listen for the VM"))
+    }
+
     /// Says that the application can run, and other commands in the VM.
     pub fn is_ready(&mut self) -> Result<(), RunError> {
         Ok(self.folder.update(|state| state.ready = true)?)

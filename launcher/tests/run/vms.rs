@@ -14,9 +14,9 @@ use vmm_api::{Failure, Reply as ApiReply, Request as ApiRequest, Server};
 use super::*;
 
 /// A VM that runs, with what plays its parts.
-struct Running {
+pub struct Running {
     launcher: Child,
-    listener: UnixListener,
+    pub listener: UnixListener,
     _ready: Agent,
     /// The application's connection.
     application: Agent,
@@ -29,7 +29,7 @@ impl Fixture {
     }
 
     /// The same; `before` has the VMM's arguments before the agent is there.
-    fn start_with(&self, launcher: Child, before: impl FnOnce(&[String])) -> Running {
+    pub fn start_with(&self, launcher: Child, before: impl FnOnce(&[String])) -> Running {
         let arguments = self.vmm_arguments();
         before(&arguments);
         let (listener, _, mut agent, ready) = Self::answer_wake_of(&arguments);

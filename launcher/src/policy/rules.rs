@@ -211,20 +211,17 @@ impl Policy {
         Ok(Self { path: Some(path.to_owned()), rules })
     }
 
-    /// Decides, and writes what was decided to the log.
+    /// What the rules say.
     pub fn decide(&self, service: Service, app: &str, target: &str) -> Decision {
         let rule = self.rules.iter().find(|rule| rule.matches(service, app, target));
-        let decision = match (rule, &self.path) {
+        match (rule, &self.path) {
             (Some(rule), Some(path)) => {
                 let because = format!("{}:{}: {}", path.display(), rule.line, rule.text);
                 Decision { action: rule.action, because }
             }
             (_, Some(path)) => Decision { action: DEFAULT, because: format!("no rule of {} matches", path.display()) },
             (_, None) => Decision { action: DEFAULT, because: "there is no policy".into() },
-        };
-        // What an application names is quoted: it could be a line of its own in the log.
-        log::info!(target: "policy", "{} {service} {app:?} {target:?} ({})", decision.action, decision.because);
-        decision
+        }
     }
 
     /// What was read, for people.
@@ -389,7 +386,7 @@ network            *         *                    allow
 
     #[test]
     fn the_documentations_example_can_be_used() {
-        let text = include_str!("../../docs/launcher.md");
+        let text = include_str!("../../../docs/launcher.md");
         let example = text.split("```policy\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let policy = Policy::parse(Path::new("p"), example).unwrap();
         assert_eq!(policy.decide(Service::OpenUrl, "web", "https://x.org").action, Action::Allow);

@@ -1,0 +1,132 @@
+//! Questions of the policy on a real desktop: sway, a session bus, and the portal back-end of GTK. No VM is needed.
+
+use std::{
+    fs,
+    process::{Child, Command, ExitStatus, Stdio},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use tests::{
+    Output, TIMEOUT,
+    desktop::{Desktop, Owner},
+    programs,
+};
+
+/// Milliseconds that the keyboard stays as it is before and after each key: GTK holds a button down for a while, and lets it go
+/// unpressed if the keyboard changes meanwhile.
+const PAUSE: &str = "1000";
+
+/// A user with a policy, in a session of their own.
+struct User {
+    home: TempDir,
+}
+
+impl User {
+    fn new(policy: &str) -> Self {
+        let home = tempfile::Builder::new().prefix("user").tempdir().unwrap();
+        fs::create_dir_all(home.path().join(".config/spectrum")).unwrap();
+        fs::write(home.path().join(".config/spectrum/policy"), policy).unwrap();
+        Self { home }
+    }
+
+    /// `spectrum policy decide` with a session bus.
+    fn decide(&self, desktop: &Desktop, timeout: &str, app: &str, target: &str) -> Decision {
+        let mut command = Command::new("dbus-run-session");
+        command.arg("--").arg(programs::program("spectrum")).args(["policy", "decide", "--timeout", timeout]);
+        command.args(["exec", app, target]).stdin(Stdio::null()).stdout(Stdio::piped());
+        command.env("HOME", self.home.path()).env("XDG_RUNTIME_DIR", self.home.path());
+        command.env("WAYLAND_DISPLAY", desktop.wayland()).env("NO_AT_BRIDGE", "1");
+        for variable in
+            ["XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CURRENT_DESKTOP", "DBUS_SESSION_BUS_ADDRESS", "DISPLAY"]
+        {
+            command.env_remove(variable);
+        }
+        let mut child = command.spawn().expect("scripts/install desktop installs it");
+        let output = Output::collect(child.stdout.take().unwrap());
+        Decision { child, output }
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.home.path().join(".local/state/spectrum/policy.log")).unwrap()
+    }
+}
+
+struct Decision {
+    child: Child,
+    output: Output,
+}
+
+impl Decision {
+    /// What it printed, and its status.
+    fn end(mut self) -> (String, Option<i32>) {
+        let status = self.child.wait().unwrap();
+        (self.output.wait_end(TIMEOUT).unwrap(), status.code())
+    }
+}
+
+impl Owner for Decision {
+    fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
+    fn said(&self) -> String {
+        self.output.text()
+    }
+}
+
+impl Drop for Decision {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn any(window: &Value) -> bool {
+    window["app_id"].is_string()
+}
+
+#[test]
+fn a_question_is_answered_by_key_or_denied_when_nobody_does() {
+    let mut desktop = Desktop::new();
+    desktop.plug_keyboard();
+    let user = User::new("exec mail vault:* ask\n");
+    // From the check box to "Deny", from there to "Allow".
+    for (keys, allowed, how) in [
+        (&["Tab", "Tab", "space"][..], true, "the user allowed it"),
+        (&["space", "Tab", "Tab", "space"][..], true, "the user allowed it until the VM ends"),
+        (&["Tab", "space"][..], false, "the user denied it"),
+        (&[][..], false, "the user did not answer in 5 s"),
+    ] {
+        let timeout = if keys.is_empty() { "5" } else { "300" };
+        let mut decision = user.decide(&desktop, timeout, "mail", "vault:ssh-agent");
+        let window = desktop.wait_for_window(&mut decision, any);
+        if !keys.is_empty() {
+            desktop.wait_for_picture("question", |picture| picture.colours(&window) >= 16);
+            let keys = keys.iter().flat_map(|key| ["-k", key, "-s", PAUSE]);
+            let keys: Vec<&str> = ["-s", PAUSE].into_iter().chain(keys).collect();
+            let _ = desktop.output("wtype", &keys);
+        }
+        let (text, status) = decision.end();
+        let action = if allowed { "allow" } else { "deny" };
+        assert!(text.starts_with(&format!("{action}\t")) && text.ends_with(&format!("; {how}\n")), "{keys:?}: {text}");
+        assert_eq!(status, Some(i32::from(!allowed)));
+        assert!(user.log().lines().last().unwrap().contains(&format!(" {action} exec \"mail\" \"vault:ssh-agent\"")));
+    }
+    assert_eq!(user.log().lines().count(), 4);
+}
+
+/// The question goes when it is too late, and a second one about the same app is not shown while it is there.
+#[test]
+fn one_question_at_a_time_and_it_goes_with_its_time() {
+    let mut desktop = Desktop::new();
+    let user = User::new("exec mail vault:* ask\n");
+    // The bus, and with it who shows the question, stays until this ends.
+    let mut first = user.decide(&desktop, "20", "mail", "vault:first");
+    desktop.wait_for_window(&mut first, any);
+    let (text, status) = user.decide(&desktop, "20", "mail", "vault:second").end();
+    assert!(text.ends_with("; not asked: another VM of this app asks\n"), "{text}");
+    assert_eq!((status, desktop.windows().len()), (Some(1), 1));
+    let (text, _) = first.end();
+    assert!(text.ends_with("; the user did not answer in 20 s\n"), "{text}");
+}
