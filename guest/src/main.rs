@@ -1,4 +1,4 @@
-//! PID 1, agent and Wayland proxy of an application VM: one static multi-call binary.
+//! PID 1, agent, Wayland proxy and session bus of an application VM: one static multi-call binary.
 //!
 //! The kernel starts it as `/init` of the initramfs. As PID 1 it mounts the template's root, then starts itself again for
 //! the other parts, which are chosen by the first argument.
@@ -6,6 +6,7 @@
 mod agent;
 mod console;
 mod init;
+mod portal;
 mod sys;
 
 use std::os::fd::AsFd;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 use console::say;
 use spectrum_guest::wayland;
 
-const USAGE: &str = "usage: spectrum-guest init | agent | wayland";
+const USAGE: &str = "usage: spectrum-guest init | agent | wayland | portal";
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         Some("init") => init::main(),
         Some("agent") => agent::main(),
         Some("wayland") => wayland_proxy(),
+        Some("portal") => portal::main(),
         _ => {
             say!("{USAGE}");
             ExitCode::from(2)

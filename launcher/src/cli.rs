@@ -204,6 +204,9 @@ pub struct WarmOptions {
 /// What `run` takes.
 #[derive(Debug, Args)]
 pub struct RunOptions {
+    /// The app that it turned out to be.
+    #[arg(skip)]
+    pub app: Option<String>,
     /// Template to run it from [default: the app's, else "default", or the only one there is]
     #[arg(long, env = "SPECTRUM_TEMPLATE", value_name = "NAME")]
     pub template: Option<String>,

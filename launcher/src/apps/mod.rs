@@ -117,6 +117,7 @@ pub fn fill_in(places: &Places, options: &mut RunOptions) -> Result<(), AppError
     if let Some((key, why)) = app.not_yet() {
         return Err(AppError::NotYet { name, path, key, why });
     }
+    options.app = Some(name);
     if !app.command.is_empty() {
         options.command.splice(..1, app.command);
     }

@@ -2,7 +2,10 @@
 
 use std::{
     ffi::OsStr,
-    os::{fd::AsFd, unix::ffi::OsStrExt},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -73,10 +76,16 @@ impl Grant {
             None => own_name(&self.path)?,
         };
         let place = format!("{MOUNT_POINT}/{name}");
-        let config = GrantConfig { id: DEVICE.into(), name, path: None, writable: self.writable };
-        api.send_with_fds(&Request::VmAddGrant(config), &[file.as_fd()])?;
+        give_open(api, file.as_fd(), name, self.writable)?;
         Ok(place)
     }
+}
+
+/// Lets the guest have what is open, which may be a mere reference (O_PATH), by this name.
+pub fn give_open(api: &mut Client, file: BorrowedFd<'_>, name: String, writable: bool) -> Result<(), GrantError> {
+    let config = GrantConfig { id: DEVICE.into(), name, path: None, writable };
+    api.send_with_fds(&Request::VmAddGrant(config), &[file])?;
+    Ok(())
 }
 
 fn own_name(path: &Path) -> Result<String, GrantError> {

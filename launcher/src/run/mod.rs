@@ -1,11 +1,11 @@
 //! Runs one application in a VM of its own, from start to end.
 //!
-//! One thread and one poll loop for everything: the VMM's end, its messages, the guest's console, signals, and the
+//! One thread and one poll loop for everything but portals: the VMM's end, its messages, the guest's console, signals, and the
 //! application's streams. Nothing is left behind: the VMM is a child that is ended and waited for, its sockets are in a
 //! private folder that goes away.
 
-mod folder;
-mod grants;
+pub mod folder;
+pub mod grants;
 mod identity;
 mod journal;
 pub mod options;
@@ -14,7 +14,7 @@ mod relay;
 mod signals;
 mod state;
 mod tail;
-mod vm;
+pub mod vm;
 pub mod vms;
 mod warm;
 
@@ -30,6 +30,7 @@ use warm::Warm;
 use crate::{
     cli::{RunOptions, WarmOptions},
     home::Home,
+    portal::Portals,
     progress, template,
 };
 
@@ -151,6 +152,9 @@ fn in_vm(vm: &mut Vm, signals: &Signals, settings: &Settings, options: &RunOptio
         let mut api = vm.api().map_err(grants::GrantError::Vmm)?;
         settings.grants.iter().try_for_each(|grant| grant.give(&mut api).map(drop))?;
     }
+    let places = vm.portal_places();
+    let _ =
+        Portals::start(settings.app.clone(), places).inspect_err(|error| log::warn!("no portals for the VM: {error}"));
     vm.is_ready()?;
     let request = Request::Run(Run {
         argv: options.command.clone(),

@@ -51,6 +51,8 @@ pub enum OptionsError {
 pub struct Settings {
     /// What is written down about it.
     pub about: About,
+    /// What the application is called: the app's name, else the program's.
+    pub app: String,
     /// Files and folders it may use from the start.
     pub grants: Vec<Grant>,
     /// The template.
@@ -90,6 +92,7 @@ impl Settings {
                 template: name_of(&template),
                 command: options.command.clone(),
             },
+            app: options.app.clone().unwrap_or_else(|| program.to_string_lossy().into_owned()),
             grants: options.place.grant.iter().map(|text| Grant::parse(text)).collect(),
             template,
             vmm: find_vmm(options.vmm.as_deref())?,
@@ -112,6 +115,7 @@ impl Settings {
         check_key_value(&template.folder)?;
         Ok(Self {
             about: About { name: None, program: "template".into(), template: name_of(&template), command: Vec::new() },
+            app: String::new(),
             grants: Vec::new(),
             template,
             vmm: find_vmm(options.vmm.as_deref())?,

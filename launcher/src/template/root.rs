@@ -20,8 +20,16 @@ use super::{
 use crate::progress::Progress;
 
 /// Packages of every template that is not asked to be minimal.
-const APPLICATIONS: &[&str] =
-    &["adwaita-icon-theme", "dbus", "foot", "fonts-dejavu-core", "gtk-3-examples", "weston", "wl-clipboard"];
+const APPLICATIONS: &[&str] = &[
+    "adwaita-icon-theme",
+    "dbus",
+    "foot",
+    "fonts-dejavu-core",
+    "gtk-3-examples",
+    "weston",
+    "wl-clipboard",
+    "xdg-desktop-portal",
+];
 
 /// Packages no template works without.
 const BASE: &[&str] = &["libglib2.0-bin", "procps", "xkb-data"];
