@@ -1,5 +1,6 @@
 //! `spectrum run` against a stand-in for the VMM: this test plays the VMM's sockets and the agent.
 
+mod portal;
 mod vms;
 
 use std::{
