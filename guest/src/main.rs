@@ -1,4 +1,4 @@
-//! PID 1, agent and Wayland proxy of an application VM: one static multi-call binary.
+//! PID 1, agent, Wayland proxy and session bus of an application VM: one static multi-call binary.
 //!
 //! The kernel starts it as `/init` of the initramfs. As PID 1 it mounts the template's root, then starts itself again for
 //! the other parts, which are chosen by the first argument. Applications know it as `spectrum-guest`, for calls of other apps.
@@ -7,6 +7,7 @@ mod agent;
 mod call;
 mod console;
 mod init;
+mod portal;
 mod sys;
 
 use std::os::fd::AsFd;
@@ -16,7 +17,7 @@ use console::say;
 use spectrum_guest::wayland;
 
 const USAGE: &str =
-    "usage: spectrum-guest call APP SERVICE | call --listen SOCKET APP SERVICE COMMAND... | connect SOCKET";
+    "usage: spectrum-guest init | agent | wayland | portal | call APP SERVICE | call --listen SOCKET APP SERVICE COMMAND... | connect SOCKET";
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Some("wayland") => wayland_proxy(),
         Some("call") => call::main(arguments),
         Some("connect") => call::connect(arguments),
+        Some("portal") => portal::main(),
         _ => {
             say!("{USAGE}");
             ExitCode::from(2)

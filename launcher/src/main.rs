@@ -9,6 +9,7 @@ mod home;
 mod lock;
 mod places;
 mod policy;
+mod portal;
 mod progress;
 mod run;
 mod template;

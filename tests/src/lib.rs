@@ -6,6 +6,7 @@
 //!   kernel command line and prints what came of them; or any other program.
 //! * [`tiny`] is a guest of a few bytes for tests that need a running machine and no Linux.
 //! * [`desktop`] is a headless compositor, and applications in VMs of their own on it.
+//! * [`session`] is a session bus of the host, with the desktop's portals.
 //! * [`shell`] is a guest that does what is typed.
 //! * [`agent`] is a VM of the template whose agent the test speaks to itself.
 //! * [`zygote`] makes clones, and ends them.
@@ -20,6 +21,7 @@ pub mod desktop;
 mod initramfs;
 mod output;
 pub mod programs;
+pub mod session;
 pub mod shell;
 pub mod tiny;
 mod vmm;

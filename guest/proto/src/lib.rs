@@ -47,6 +47,7 @@ mod frame;
 mod identity;
 mod link;
 mod message;
+pub mod portal;
 
 pub use frame::{Decoder, MAX_FRAME, MAX_PAYLOAD, Message, ProtoError};
 pub use identity::{BootId, Hostname, Identity, IdentityError, MachineId, Seed};

@@ -89,7 +89,7 @@ fn run() -> Result<(), AgentError> {
 }
 
 /// The next connection from the host; processes in the VM have no business here.
-fn accept(listener: &OwnedFd) -> io::Result<Option<OwnedFd>> {
+pub fn accept(listener: &OwnedFd) -> io::Result<Option<OwnedFd>> {
     match acceptfrom_with(listener, SocketFlags::CLOEXEC) {
         Ok((fd, peer)) => {
             let from_host = peer.as_ref().and_then(sys::VsockAddr::from_any).is_some_and(|a| a.cid == sys::CID_HOST);

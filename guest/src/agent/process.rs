@@ -9,6 +9,16 @@ use super::accounts::{self, Account};
 /// Name of the Wayland socket in the user's runtime folder.
 pub const WAYLAND_DISPLAY: &str = "wayland-0";
 
+/// Name of the session bus's socket in the user's runtime folder.
+pub const SESSION_BUS: &str = "bus";
+
+/// Where xdg-desktop-portal is, if the template has it.
+const PORTAL: &str = "/usr/libexec/xdg-desktop-portal";
+
+/// What makes toolkits ask portals, as they do by themselves in other kinds of sandboxes: GTK 3 and GIO, GTK 4, Qt.
+pub const USE_PORTALS: [(&str, &str); 3] =
+    [("GTK_USE_PORTAL", "1"), ("GDK_DEBUG", "portals"), ("QT_QPA_PLATFORMTHEME", "xdgdesktopportal")];
+
 const SEARCH_PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games";
 
 /// Why there is no process. Each is one sentence for the user of the launcher.
@@ -69,6 +79,13 @@ pub fn command(run: &Run) -> Result<(Command, Account), StartError> {
         .env("WAYLAND_DISPLAY", WAYLAND_DISPLAY)
         // There is no accessibility bus in the VM; looking for one costs GTK applications a second.
         .env("NO_AT_BRIDGE", "1");
+    let bus = account.runtime_folder().join(SESSION_BUS);
+    if bus.exists() {
+        command.env("DBUS_SESSION_BUS_ADDRESS", format!("unix:path={}", bus.display()));
+        if Path::new(PORTAL).exists() {
+            command.envs(USE_PORTALS);
+        }
+    }
     for (name, value) in &run.env {
         if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
             return Err(StartError::Variable(name.clone()));

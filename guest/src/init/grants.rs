@@ -9,7 +9,7 @@ use crate::console::say;
 
 /// Name of the file system, and where it is mounted.
 const TAG: &str = "host";
-const MOUNT_POINT: &str = "/host";
+pub const MOUNT_POINT: &str = "/host";
 
 /// Where the kernel's driver lists its devices.
 const DRIVER: &str = "/sys/bus/virtio/drivers/virtiofs";

@@ -16,7 +16,9 @@ use std::{fs, io, path::Path, process::ExitCode};
 
 pub use cmdline::Ending;
 use cmdline::Parameters;
+pub use grants::MOUNT_POINT as GRANTS;
 pub use power::request as request_end;
+pub use system::USER;
 
 use crate::console::say;
 

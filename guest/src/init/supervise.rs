@@ -24,6 +24,7 @@ use super::{
 use crate::{
     agent::{accounts, process},
     console::say,
+    portal,
 };
 
 /// A process that ended this often is not started again.
@@ -154,6 +155,13 @@ fn services(parameters: &Parameters) -> Vec<Service> {
         }
     } else {
         say!("init: no GPU, so no Wayland");
+    }
+    match portal::prepare() {
+        Ok(None) => say!("init: the template has no session bus"),
+        Ok(Some(socket)) => services.push(Service::new("the session bus", Role::Optional, move || {
+            start_part("portal", socket.try_clone()?.into())
+        })),
+        Err(error) => say!("init: cannot listen for clients of the session bus: {error}"),
     }
     if let Some(line) = parameters.exec.clone() {
         services.push(Service::new("the command", Role::Purpose, move || shell_command(&line)));

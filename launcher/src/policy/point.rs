@@ -90,6 +90,16 @@ impl DecisionPoint {
     /// Decides whether the VM may have `service` of `target`, which may be anything, and writes it down. Waits for the user where
     /// the policy says so: not to be called where something else waits for this thread.
     pub fn decide(&self, service: Service, target: &str) -> Verdict {
+        self.decide_by(service, target, || self.question(service, target))
+    }
+
+    /// The same for a target that the user has chosen, in the dialog that the VM asked for: that is the answer where the policy
+    /// asks.
+    pub fn decide_chosen(&self, service: Service, target: &str) -> Verdict {
+        self.decide_by(service, target, || (true, "the user has chosen it".into()))
+    }
+
+    fn decide_by(&self, service: Service, target: &str, answer: impl FnOnce() -> (bool, String)) -> Verdict {
         let unseen = match self.admit() {
             Ok(unseen) => unseen,
             Err(verdict) => return verdict,
@@ -98,7 +108,7 @@ impl DecisionPoint {
             deny(format!("the target has more than {LONGEST_TARGET} bytes"))
         } else {
             match Policy::load(&self.places) {
-                Ok(policy) => self.by(&policy, service, target),
+                Ok(policy) => self.by(&policy, service, target, answer),
                 Err(error) => deny(format!("the policy has a mistake, and denies all until it is mended: {error}")),
             }
         };
@@ -119,13 +129,19 @@ impl DecisionPoint {
         Ok(std::mem::take(&mut state.unseen))
     }
 
-    fn by(&self, policy: &Policy, service: Service, target: &str) -> Verdict {
+    fn by(
+        &self,
+        policy: &Policy,
+        service: Service,
+        target: &str,
+        answer: impl FnOnce() -> (bool, String),
+    ) -> Verdict {
         let decision = policy.decide(service, &self.app, target);
         match decision.action {
             Action::Allow => Verdict { allowed: true, because: decision.because },
             Action::Deny => deny(decision.because),
             Action::Ask => {
-                let (allowed, how) = self.question(service, target);
+                let (allowed, how) = answer();
                 Verdict { allowed, because: format!("{}; {how}", decision.because) }
             }
         }

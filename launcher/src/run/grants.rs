@@ -9,7 +9,7 @@ use std::{
     fs, io,
     io::Write,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
@@ -106,32 +106,9 @@ impl Grant {
     pub fn give(&self, api: &mut Client, folder: &Path) -> Result<String, GrantError> {
         // What is granted is what this user meant by the path, here and now: the VMM is given the thing itself.
         let file = self.open()?;
-        let name = self.name()?;
-        let place = place_of(&name);
-        let record = self.write_down(folder, &name)?;
-        let config = GrantConfig { id: DEVICE.into(), name, path: None, writable: self.writable };
-        if let Err(error) = api.send_with_fds(&Request::VmAddGrant(config), &[file.as_fd()]) {
-            fs::remove_file(record)?;
-            return Err(error.into());
-        }
-        Ok(place)
-    }
-
-    /// Writes down that `folder`'s VM has it. Only one can do so for a name.
-    fn write_down(&self, folder: &Path, name: &str) -> Result<PathBuf, GrantError> {
-        let records = folder.join(RECORDS);
-        fs::create_dir_all(&records)?;
-        let path = std::path::absolute(&self.path)?;
-        let record = Record { name: name.into(), path, writable: self.writable };
-        // Whole before it has its name; what is in progress is not in the folder that is listed.
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(&serde_json::to_vec(&record).map_err(io::Error::other)?)?;
-        let path = records.join(name);
-        match file.persist_noclobber(&path) {
-            Ok(_) => Ok(path),
-            Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Err(GrantError::Exists(name.into())),
-            Err(error) => Err(error.error.into()),
-        }
+        let record = Record { name: self.name()?, path: std::path::absolute(&self.path)?, writable: self.writable };
+        give_open(api, folder, file.as_fd(), &record)?;
+        Ok(place_of(&record.name))
     }
 }
 
@@ -144,6 +121,25 @@ pub struct Record {
     pub path: PathBuf,
     /// The guest may change it.
     pub writable: bool,
+}
+
+impl Record {
+    /// Writes down that `folder`'s VM has it. Only one can do so for a name.
+    fn write_to(&self, folder: &Path) -> Result<PathBuf, GrantError> {
+        let records = folder.join(RECORDS);
+        fs::create_dir_all(&records)?;
+        // Whole before it has its name; what is in progress is not in the folder that is listed.
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(&serde_json::to_vec(self).map_err(io::Error::other)?)?;
+        let path = records.join(&self.name);
+        match file.persist_noclobber(&path) {
+            Ok(_) => Ok(path),
+            Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => {
+                Err(GrantError::Exists(self.name.clone()))
+            }
+            Err(error) => Err(error.error.into()),
+        }
+    }
 }
 
 /// What the VM in `folder` was granted, by name.
@@ -176,6 +172,23 @@ pub fn check(grants: &[Grant]) -> Result<(), GrantError> {
 /// Where the guest has what it knows by this name.
 pub fn place_of(name: &str) -> String {
     format!("{MOUNT_POINT}/{name}")
+}
+
+/// Lets the guest of the VM in `folder` have what is open, which may be a mere reference (O_PATH).
+pub fn give_open(
+    api: &mut Client,
+    folder: &Path,
+    file: BorrowedFd<'_>,
+    record: &Record,
+) -> Result<(), GrantError> {
+    let written = record.write_to(folder)?;
+    let config =
+        GrantConfig { id: DEVICE.into(), name: record.name.clone(), path: None, writable: record.writable };
+    if let Err(error) = api.send_with_fds(&Request::VmAddGrant(config), &[file]) {
+        fs::remove_file(written)?;
+        return Err(error.into());
+    }
+    Ok(())
 }
 
 fn own_name(path: &Path) -> Result<String, GrantError> {
@@ -238,13 +251,12 @@ mod tests {
     #[test]
     fn a_name_is_written_down_once() {
         let folder = tempfile::tempdir().unwrap();
-        let grant = Grant { path: "/etc".into(), writable: true, called: None };
-        assert_eq!(list(folder.path()), []);
-        let path = grant.write_down(folder.path(), "etc").unwrap();
-        assert!(matches!(grant.write_down(folder.path(), "etc"), Err(GrantError::Exists(_))));
         let record = Record { name: "etc".into(), path: "/etc".into(), writable: true };
-        assert_eq!(list(folder.path()), [record]);
+        assert_eq!(list(folder.path()), []);
+        let path = record.write_to(folder.path()).unwrap();
+        assert!(matches!(record.write_to(folder.path()), Err(GrantError::Exists(_))));
+        assert_eq!(list(folder.path()), [record.clone()]);
         fs::remove_file(path).unwrap();
-        grant.write_down(folder.path(), "etc").unwrap();
+        record.write_to(folder.path()).unwrap();
     }
 }

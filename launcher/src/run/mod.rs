@@ -1,13 +1,13 @@
 //! Runs one application in a VM of its own, from start to end.
 //!
-//! One thread and one poll loop for everything: the VMM's end, its messages, the guest's console, signals, and the
+//! One thread and one poll loop for everything but portals: the VMM's end, its messages, the guest's console, signals, and the
 //! application's streams. Nothing is left behind: the VMM is a child that is ended and waited for, its sockets are in a
 //! private folder that goes away.
 
 pub mod cgroup;
 mod escapes;
 mod calls;
-mod folder;
+pub mod folder;
 mod foreign;
 pub mod grants;
 mod identity;
@@ -20,7 +20,7 @@ mod signals;
 mod state;
 mod tail;
 mod terminal;
-mod vm;
+pub mod vm;
 pub mod vms;
 mod warm;
 
@@ -40,6 +40,7 @@ use crate::{
     home::Home,
     places::Places,
     policy::{DecisionPoint, Service},
+    portal::Portals,
     progress, template,
 };
 
@@ -213,6 +214,8 @@ fn in_vm(
         }
     }
     calls::serve(vm.listen(CALL_PORT)?, point.clone()).map_err(io_error("serve the VM's calls"))?;
+    let _ = Portals::start(point.clone(), vm.portal_places())
+        .inspect_err(|error| log::warn!("no portals for the VM: {error}"));
     vm.is_ready()?;
     let request = Request::Run(Run {
         argv: options.command.clone(),

@@ -40,6 +40,7 @@ use super::{
     state::Origin,
     tail::{Tail, printable},
 };
+use crate::portal;
 use crate::template::{INITRAMFS, ROOT, VMLINUZ};
 
 /// The launcher's end of a connection to the agent.
@@ -178,6 +179,17 @@ impl Vm {
     /// The VM's private folder.
     pub fn folder(&self) -> &RunFolder {
         &self.folder
+    }
+
+    /// Where the VM's portals find it.
+    pub fn portal_places(&self) -> portal::Vm {
+        let port = guest_proto::portal::PORT;
+        portal::Vm {
+            offers: self.folder.path(&format!("{VSOCK}_{port}")),
+            vsock: self.folder.path(VSOCK),
+            api: self.folder.path(API),
+            folder: self.folder.folder().to_owned(),
+        }
     }
 
     /// A connection to the VMM's API.
@@ -340,10 +352,15 @@ pub fn connect(socket: &Path) -> Result<AgentLink, RunError> {
 
 /// The same with a limit for each of the VMM's answers.
 pub fn connect_within(socket: &Path, time: Duration) -> Result<AgentLink, RunError> {
+    Ok(AgentLink::new(dial(socket, AGENT_PORT, time)?.into())?)
+}
+
+/// A new connection to a port of the guest, with a limit for each of the VMM's answers until it is there.
+pub fn dial(socket: &Path, port: u32, time: Duration) -> Result<UnixStream, VmError> {
     let fail = |error: io::Error| VmError::NoConnection(error.to_string());
     let mut stream = UnixStream::connect(socket).map_err(fail)?;
     stream.set_read_timeout(Some(time.max(Duration::from_millis(1)))).map_err(fail)?;
-    stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes()).map_err(fail)?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes()).map_err(fail)?;
     let mut answer = Vec::new();
     let mut byte = [0];
     // By single bytes: what follows the line belongs to the agent.
@@ -352,10 +369,10 @@ pub fn connect_within(socket: &Path, time: Duration) -> Result<AgentLink, RunErr
         answer.extend(byte);
     }
     if !answer.starts_with(b"OK ") || answer.last() != Some(&b'\n') {
-        return Err(VmError::NoConnection("the VMM refused it".into()).into());
+        return Err(VmError::NoConnection("the VMM refused it".into()));
     }
     stream.set_read_timeout(None).map_err(fail)?;
-    Ok(AgentLink::new(stream.into())?)
+    Ok(stream)
 }
 
 /// Puts the VMM into a group with limits, where that can be done. A VM without them is no worse than one on most machines.

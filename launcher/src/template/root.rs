@@ -29,6 +29,7 @@ const APPLICATIONS: &[&str] = &[
     "openssh-client",
     "weston",
     "wl-clipboard",
+    "xdg-desktop-portal",
 ];
 
 /// Packages no template works without.

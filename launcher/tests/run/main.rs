@@ -1,6 +1,7 @@
 //! `spectrum run` against a stand-in for the VMM: this test plays the VMM's sockets and the agent.
 
 mod calls;
+mod portal;
 mod vms;
 
 use std::{

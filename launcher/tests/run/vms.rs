@@ -50,12 +50,12 @@ impl Fixture {
         serde_json::from_str(&text).unwrap()
     }
 
-    fn names(&self) -> Vec<String> {
+    pub fn names(&self) -> Vec<String> {
         self.ps().iter().map(|vm| vm["name"].as_str().unwrap().to_owned()).collect()
     }
 }
 
-fn value_of(arguments: &[String], flag: &str) -> PathBuf {
+pub fn value_of(arguments: &[String], flag: &str) -> PathBuf {
     let at = arguments.iter().position(|argument| argument == flag).unwrap();
     arguments[at + 1].trim_start_matches("file=").into()
 }
@@ -197,7 +197,7 @@ fn what_vmm_and_console_said_is_shown_without_what_a_terminal_would_obey() {
 }
 
 /// Plays the VMM's API at `path`: tells of each request, and refuses what is called "bad".
-fn serve_api(path: &Path) -> mpsc::Receiver<(ApiRequest, Vec<OwnedFd>)> {
+pub fn serve_api(path: &Path) -> mpsc::Receiver<(ApiRequest, Vec<OwnedFd>)> {
     let (sender, receiver) = mpsc::channel();
     let mut server = Server::bind(path).unwrap();
     thread::spawn(move || {
