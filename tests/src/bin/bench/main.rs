@@ -11,6 +11,7 @@
 //! Where a rival is on PATH it runs in turn with ours, and its figures are compared; but clones are not compared with rivals' yet.
 
 mod agents;
+mod app;
 mod arms;
 mod clone;
 mod floor;
@@ -53,6 +54,12 @@ fn main() -> ExitCode {
         (Some("live-fork"), None) => fork::pause(40),
         (Some("live-fork"), Some(Ok(runs))) => fork::pause(runs),
         (Some("agent-clones"), None) => agents::clones(10),
+        (Some("app-commit"), None) => app::apps::first_commit(10),
+        (Some("app-commit"), Some(Ok(runs))) => app::apps::first_commit(runs),
+        (Some("app-unique"), None) => app::apps::unique(20),
+        (Some("app-unique"), Some(Ok(runs))) => app::apps::unique(runs),
+        (Some("app-grants"), None) => app::grants::measure(20),
+        (Some("app-grants"), Some(Ok(runs))) => app::grants::measure(runs),
         (Some("agent-clones"), Some(Ok(runs))) => agents::clones(runs),
         _ => {
             Err("usage: bench boot|first-instruction|clone|live-clones|live-fork|agent-clones [--json] [--runs N]"
