@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use tests::{Initramfs, Vmm, VmmCommand, programs};
 use vmm_api::Request;
 use vmm_config::GrantConfig;
@@ -32,6 +33,13 @@ const METRICS: [(&str, &str, &str, f64); 4] = [
 trait Guest {
     /// Tells it `order`; the number of things it did, and for how many nanoseconds.
     fn order(&mut self, order: &str) -> Result<(f64, f64), Failure>;
+
+    /// Its processes. They are stopped while the other one works, so that they take nothing from it.
+    fn processes(&self) -> Vec<Pid>;
+
+    fn signal(&self, signal: Signal) -> Result<(), Failure> {
+        Ok(self.processes().into_iter().try_for_each(|pid| kill_process(pid, signal))?)
+    }
 }
 
 fn parse(line: &str) -> Result<(f64, f64), Failure> {
@@ -60,14 +68,18 @@ impl Guest for Ours {
         self.0.type_text(&format!("{order}\n"));
         parse(&self.0.wait_for("probe: files:"))
     }
+
+    fn processes(&self) -> Vec<Pid> {
+        Pid::from_raw(self.0.pid().cast_signed()).into_iter().collect()
+    }
 }
 
 /// QEMU, with virtiofsd beside it.
 struct Theirs {
     output: BufReader<ChildStdout>,
     input: ChildStdin,
-    _qemu: Running,
-    _virtiofsd: Running,
+    qemu: Running,
+    virtiofsd: Running,
 }
 
 fn program(name: &str) -> Result<PathBuf, Failure> {
@@ -105,8 +117,8 @@ impl Theirs {
         qemu.args(["-append", "console=ttyS0 quiet panic=-1 -- files=host"]);
         let mut qemu: Child = qemu.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let (output, input) = (qemu.stdout.take().ok_or("a pipe")?, qemu.stdin.take().ok_or("a pipe")?);
-        let (output, _qemu) = (BufReader::new(output), Running(qemu));
-        let mut this = Self { output, input, _qemu, _virtiofsd: virtiofsd };
+        let (output, qemu) = (BufReader::new(output), Running(qemu));
+        let mut this = Self { output, input, qemu, virtiofsd };
         this.line("files: ready")?;
         Ok(this)
     }
@@ -131,6 +143,10 @@ impl Guest for Theirs {
     fn order(&mut self, order: &str) -> Result<(f64, f64), Failure> {
         self.input.write_all(format!("{order}\n").as_bytes())?;
         parse(&self.line("probe: files:")?)
+    }
+
+    fn processes(&self) -> Vec<Pid> {
+        [&self.qemu, &self.virtiofsd].map(|running| Pid::from_child(&running.0)).into()
     }
 }
 
@@ -161,14 +177,18 @@ pub fn measure(runs: usize) -> Result<Vec<Report>, Failure> {
     let (shared, files) = (tempfile::tempdir()?, tempfile::tempdir()?);
     prepare(shared.path())?;
     let mut ours = Ours::start(&shared.path().join("host"))?;
+    ours.signal(Signal::STOP)?;
     let mut theirs = Theirs::start(shared.path(), files.path())?;
+    theirs.signal(Signal::STOP)?;
     let mut samples: [[Samples; 2]; METRICS.len()] = Default::default();
     for run in 0..=runs {
         for ((metric, _, order, scale), samples) in METRICS.iter().zip(&mut samples) {
             let order = order.replacen(' ', " host/", 1);
             let guests: [&mut dyn Guest; 2] = [&mut ours, &mut theirs];
             for ((guest, samples), arm) in guests.into_iter().zip(samples).zip(ARMS) {
+                guest.signal(Signal::CONT)?;
                 let (done, ns) = guest.order(&order).map_err(|e| format!("{metric} of {arm}: {e}"))?;
+                guest.signal(Signal::STOP)?;
                 // The first is there to warm up.
                 if run > 0 {
                     samples.add(done * scale / (ns / 1e9));
