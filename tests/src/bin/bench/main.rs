@@ -7,6 +7,9 @@
 //!     bench live-fork [--json] [--runs N]     the same; for how long a live snapshot stops a machine, and what other
 //!                                                ways to keep its memory would cost
 //!     bench agent-clones [--json] [--runs N]    clones of the template to their agent's first answer, where /dev/kvm is real
+//!     bench app-grants [--json] [--runs N]      files of the host in a guest, beside virtiofsd in QEMU, where /dev/kvm is real
+//!     bench app-commit [--json] [--runs N]      foot from `spectrum run` to its first commit, as a clone and with a boot
+//!     bench app-unique [--json] [--runs N]      the memory of N VMs with foot
 //!
 //! Where a rival is on PATH it runs in turn with ours, and its figures are compared; but clones are not compared with rivals' yet.
 
