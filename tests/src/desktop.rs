@@ -333,12 +333,21 @@ impl Application {
         settings: &[(&str, &Path)],
         command: &[&str],
     ) -> Self {
+        Self::start_at(desktop.map(Desktop::wayland), options, settings, command)
+    }
+
+    /// The same on the Wayland compositor of this socket, if any.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    #[must_use]
+    pub fn start_at(wayland: Option<&Path>, options: &[&str], settings: &[(&str, &Path)], command: &[&str]) -> Self {
         let directory = tempfile::Builder::new().prefix("app").tempdir().expect("there is room for files");
         let mut run = Command::new(programs::program("spectrum"));
         run.arg("run").args(options).env("XDG_RUNTIME_DIR", directory.path());
         run.envs(settings.iter().copied());
-        match desktop {
-            Some(desktop) => run.arg("--wayland").arg(&desktop.wayland),
+        match wayland {
+            Some(socket) => run.arg("--wayland").arg(socket),
             None => run.arg("--no-wayland"),
         };
         run.args(command).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -10,6 +10,7 @@
 //! * [`shell`] is a guest that does what is typed.
 //! * [`agent`] is a VM of the template whose agent the test speaks to itself.
 //! * [`zygote`] makes clones, and ends them.
+//! * [`journal`] is a file that a guest writes and the host checks.
 //! * [`curl`] asks the API as people do by hand.
 //!
 //! Nothing here sleeps: every wait is for text, for the end of a process or for an answer, with a time-out that only a
@@ -19,6 +20,7 @@ pub mod agent;
 pub mod curl;
 pub mod desktop;
 mod initramfs;
+pub mod journal;
 mod output;
 pub mod programs;
 pub mod session;

@@ -11,8 +11,8 @@ use crate::files::Directory;
 use crate::host;
 use crate::tree::Tree;
 
-/// Bytes asked of the host at a time.
-const BUFFER: usize = 16 << 10;
+/// Bytes asked of the host at a time: at most these, and at least what the longest name takes.
+const BUFFER: std::ops::RangeInclusive<usize> = 512..=16 << 10;
 
 /// An entry of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,7 +41,8 @@ impl Entry {
 
 impl Tree {
     /// Calls `take` with one entry after another, from `offset` on (0, or an entry's `next`), until it says that it has
-    /// enough. Devices, pipes and sockets are among them, though a guest cannot look them up.
+    /// enough. Devices, pipes and sockets are among them, though a guest cannot look them up. No more are read of the host than
+    /// fit into about `room` bytes.
     ///
     /// # Errors
     /// As getdents(2).
@@ -49,6 +50,7 @@ impl Tree {
         &mut self,
         handle: u64,
         offset: u64,
+        room: usize,
         mut take: impl FnMut(&mut Self, Entry) -> bool,
     ) -> Result<(), Errno> {
         let (grant, fd) = match self.handles.directory(handle)? {
@@ -64,7 +66,7 @@ impl Tree {
         seek(fd, SeekFrom::Start(offset))?;
         // A duplicate of the descriptor would cost as much as this collection, which is bounded by the buffer.
         let mut batch: Vec<Entry> = Vec::new();
-        let mut buffer = vec![MaybeUninit::uninit(); BUFFER];
+        let mut buffer = vec![MaybeUninit::uninit(); room.clamp(*BUFFER.start(), *BUFFER.end())];
         let mut dir = RawDir::new(fd, &mut buffer);
         while let Some(entry) = dir.next() {
             let entry = entry?;

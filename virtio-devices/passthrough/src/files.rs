@@ -18,6 +18,8 @@ use crate::tree::{Found, ROOT, Tree};
 
 /// Bytes that one [`Tree::copy`] copies, so that it ends soon.
 const MAX_COPY: usize = 1 << 20;
+/// Bytes that one [`Tree::allocate`] reserves or zeroes: on some file systems each page of them costs time.
+const MAX_ALLOCATE: u64 = 64 << 30;
 
 /// How a guest opens a file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -164,11 +166,7 @@ impl Tree {
         node.grant.check_writable()?;
         let (grant, dir) = (node.grant.clone(), node.directory()?);
         match host::create(dir, name, flags.host(), Mode::from_raw_mode(mode & PERMISSIONS)) {
-            Ok(fd) => {
-                let found = self.tell_opened(&grant, &fd)?;
-                let file = File { grant, fd: Arc::new(fd), read: flags.read, write: flags.write, sync: false };
-                self.keep(file).map(|handle| (found, handle)).inspect_err(|_| self.forget(found.node, 1))
-            }
+            Ok(fd) => self.keep_created(grant, fd, flags),
             // Opened as any file that exists: not before it is known what it is.
             Err(Errno::EXIST) if !flags.exclusive => {
                 let found = self.lookup(parent, name)?;
@@ -176,6 +174,28 @@ impl Tree {
             }
             Err(e) => Err(e),
         }
+    }
+
+    /// Makes a regular file that has no name yet, and returns it with a handle.
+    ///
+    /// # Errors
+    /// As open(2) with O_TMPFILE.
+    pub fn create_unnamed(&mut self, parent: u64, mode: u32, flags: OpenFlags) -> Result<(Found, u64), Errno> {
+        if parent == ROOT {
+            return Err(Errno::ROFS);
+        }
+        let node = self.node(parent)?;
+        node.grant.check_writable()?;
+        let (grant, dir) = (node.grant.clone(), node.directory()?);
+        let flags = OpenFlags { truncate: false, ..flags };
+        let fd = host::temporary(dir, flags.host(), Mode::from_raw_mode(mode & PERMISSIONS))?;
+        self.keep_created(grant, fd, flags)
+    }
+
+    fn keep_created(&mut self, grant: Arc<Grant>, fd: OwnedFd, flags: OpenFlags) -> Result<(Found, u64), Errno> {
+        let found = self.tell_opened(&grant, &fd)?;
+        let file = File { grant, fd: Arc::new(fd), read: flags.read, write: flags.write, sync: false };
+        self.keep(file).map(|handle| (found, handle)).inspect_err(|_| self.forget(found.node, 1))
     }
 
     /// Reads from `offset` into guest memory; fewer bytes than there is room for at the end of the file only.
@@ -234,12 +254,15 @@ impl Tree {
     /// Reserves or zeroes a range.
     ///
     /// # Errors
-    /// As fallocate(2); `EOPNOTSUPP` for modes that move what is behind the range.
+    /// As fallocate(2); `EOPNOTSUPP` for modes that move what is behind the range, `EFBIG` for more than 64 GiB at once.
     pub fn allocate(&self, node: u64, handle: u64, offset: u64, len: u64, mode: FallocateFlags) -> Result<(), Errno> {
         let allowed = FallocateFlags::KEEP_SIZE | FallocateFlags::PUNCH_HOLE | FallocateFlags::ZERO_RANGE;
         let file = self.writable(node, handle)?;
         if !allowed.contains(mode) {
             return Err(Errno::OPNOTSUPP);
+        }
+        if len > MAX_ALLOCATE && !mode.contains(FallocateFlags::PUNCH_HOLE) {
+            return Err(Errno::FBIG);
         }
         fallocate(&*file.fd, mode, offset, len)
     }

@@ -65,6 +65,12 @@ pub(crate) fn create(dir: BorrowedFd<'_>, name: &Name, flags: OFlags, mode: Mode
     beneath(dir, name.as_c_str(), flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | PLAIN, mode)
 }
 
+/// Makes a regular file without a name that can be given one, where `dir` is, and opens it. `flags` have to say that it is
+/// written.
+pub(crate) fn temporary(dir: BorrowedFd<'_>, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+    beneath(dir, c".", flags | OFlags::TMPFILE | PLAIN, mode)
+}
+
 /// Opens the directory that `dir` refers to, for its entries.
 pub(crate) fn open_directory(dir: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     beneath(dir, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())

@@ -19,6 +19,7 @@
 
 mod attributes;
 mod entries;
+mod extended;
 mod files;
 pub mod grants;
 mod host;
@@ -31,6 +32,7 @@ mod tests;
 
 pub use attributes::{Attributes, Change, Kind, Time};
 pub use entries::Entry;
+pub use extended::{ExtendedName, MAX_EXTENDED};
 pub use files::OpenFlags;
 pub use grants::{GrantError, Grants};
 pub use host::Name;

@@ -86,7 +86,7 @@ fn list(tree: &mut Tree, node: u64) -> Vec<String> {
         let before = names.len();
         // Two at a time, so that offsets are used.
         let mut room = 2;
-        tree.entries(handle, offset, |_, entry| {
+        tree.entries(handle, offset, 4096, |_, entry| {
             if room == 0 {
                 return false;
             }
@@ -397,7 +397,7 @@ fn what_is_revoked_is_gone_at_once_and_closed_soon() {
     assert_eq!(read_at(&host.tree, file, handle, 0).unwrap_err(), Errno::STALE);
     // Not even under the number of a node that is still there.
     assert_eq!(read_at(&host.tree, report, handle, 0).unwrap_err(), Errno::STALE);
-    assert_eq!(host.tree.entries(dir, 0, |_, _| true).unwrap_err(), Errno::STALE);
+    assert_eq!(host.tree.entries(dir, 0, 4096, |_, _| true).unwrap_err(), Errno::STALE);
     assert_eq!(host.walk("shared").unwrap_err(), Errno::NOENT);
     host.tree.forget_revoked();
     assert_eq!(before.0, (4, 3));
@@ -477,4 +477,92 @@ fn ranges_are_copied_reserved_and_searched() {
     assert_eq!(host.tree.seek(file, handle, u64::MAX, true).unwrap_err(), Errno::NXIO);
     assert!(read_at(&host.tree, file, handle, u64::MAX).is_err());
     assert!(host.tree.file_system(file).unwrap().is_some() && host.tree.file_system(ROOT).unwrap().is_none());
+}
+
+fn extended(text: &str) -> ExtendedName {
+    ExtendedName::new(text.as_bytes()).unwrap()
+}
+
+#[test]
+fn extended_attributes_are_those_of_users() {
+    for (name, error) in [
+        ("", Errno::RANGE),
+        ("user.", Errno::OPNOTSUPP),
+        ("users.a", Errno::OPNOTSUPP),
+        ("security.capability", Errno::OPNOTSUPP),
+        ("system.posix_acl_access", Errno::OPNOTSUPP),
+        ("trusted.overlay.opaque", Errno::OPNOTSUPP),
+        ("user.a\0b", Errno::INVAL),
+    ] {
+        assert_eq!(ExtendedName::new(name.as_bytes()), Err(error), "{name}");
+    }
+    assert_eq!(ExtendedName::new(&[b"user.".as_slice(), &[b'x'; 251]].concat()), Err(Errno::RANGE));
+
+    let mut host = Host::new();
+    let (file, dir, report) = (host.node("shared/file"), host.node("shared"), host.node("report"));
+    for node in [file, dir] {
+        host.tree.set_extended(node, &extended("user.a"), b"value", 0).unwrap();
+        assert_eq!(host.tree.extended(node, &extended("user.a")).unwrap(), b"value");
+        assert_eq!(host.tree.set_extended(node, &extended("user.a"), b"b", 1), Err(Errno::EXIST), "XATTR_CREATE");
+        assert_eq!(host.tree.set_extended(node, &extended("user.b"), b"b", 2), Err(Errno::NODATA), "XATTR_REPLACE");
+        assert_eq!(host.tree.set_extended(node, &extended("user.b"), b"b", 4), Err(Errno::INVAL));
+    }
+    // Those of another class are nobody's business.
+    let path = host.path("shared/file");
+    if rustix::process::geteuid().is_root() {
+        rustix::fs::setxattr(&path, "trusted.hidden", b"x", rustix::fs::XattrFlags::empty()).unwrap();
+    }
+    assert_eq!(host.tree.list_extended(file).unwrap(), b"user.a\0");
+    host.tree.remove_extended(file, &extended("user.a")).unwrap();
+    assert_eq!(host.tree.extended(file, &extended("user.a")), Err(Errno::NODATA));
+    assert_eq!(host.tree.list_extended(file).unwrap(), b"");
+
+    // Not in the root, not through a link, not without the right to write, not when it was taken back.
+    symlink("file", host.path("shared/link")).unwrap();
+    let link = host.node("shared/link");
+    assert_eq!(host.tree.set_extended(link, &extended("user.a"), b"b", 0), Err(Errno::PERM));
+    assert_eq!(host.tree.extended(link, &extended("user.a")), Err(Errno::NODATA));
+    assert_eq!(host.tree.set_extended(ROOT, &extended("user.a"), b"b", 0), Err(Errno::OPNOTSUPP));
+    assert_eq!(host.tree.set_extended(report, &extended("user.a"), b"b", 0), Err(Errno::ROFS));
+    assert_eq!(host.tree.remove_extended(report, &extended("user.a")), Err(Errno::ROFS));
+    assert_eq!(host.tree.list_extended(report).unwrap(), b"");
+    host.grants.remove("shared").unwrap();
+    assert_eq!(host.tree.list_extended(file), Err(Errno::STALE));
+}
+
+#[test]
+fn a_file_without_a_name_gets_one() {
+    let mut host = Host::new();
+    let dir = host.node("shared");
+    let flags = OpenFlags { read: true, ..WRITE };
+    let (found, handle) = host.tree.create_unnamed(dir, 0o640, flags).unwrap();
+    assert_eq!((found.attributes.links, found.attributes.mode & 0o777), (0, 0o640));
+    write_at(&host.tree, found.node, handle, 0, false, "hidden").unwrap();
+    assert_eq!(list(&mut host.tree, dir), [".", "..", "file", "inner"]);
+    host.tree.link(found.node, dir, &name("named")).unwrap();
+    assert_eq!(fs::read_to_string(host.path("shared/named")).unwrap(), "hidden");
+
+    // A second one is never seen, and there is none in the root, in a file, or where nothing may be written.
+    let (found, handle) = host.tree.create_unnamed(dir, 0o600, WRITE).unwrap();
+    host.tree.release(handle);
+    host.tree.forget(found.node, 1);
+    assert_eq!(host.tree.link(found.node, dir, &name("late")).unwrap_err(), Errno::STALE);
+    let (file, report) = (host.node("shared/file"), host.node("report"));
+    assert_eq!(host.tree.create_unnamed(ROOT, 0o600, WRITE).unwrap_err(), Errno::ROFS);
+    assert_eq!(host.tree.create_unnamed(file, 0o600, WRITE).unwrap_err(), Errno::NOTDIR);
+    assert_eq!(host.tree.create_unnamed(report, 0o600, WRITE).unwrap_err(), Errno::ROFS);
+    assert!(host.tree.create_unnamed(dir, 0o600, READ).is_err(), "it would be of no use");
+}
+
+#[test]
+fn what_is_reserved_at_once_is_bounded() {
+    let mut host = Host::new();
+    let node = host.node("shared/file");
+    let handle = host.tree.open(node, WRITE).unwrap();
+    let keep = FallocateFlags::KEEP_SIZE;
+    assert_eq!(host.tree.allocate(node, handle, 0, u64::MAX >> 1, keep), Err(Errno::FBIG));
+    assert_eq!(host.tree.allocate(node, handle, 0, (64 << 30) + 1, FallocateFlags::empty()), Err(Errno::FBIG));
+    host.tree.allocate(node, handle, 0, 1 << 16, FallocateFlags::empty()).unwrap();
+    assert_eq!(fs::metadata(host.path("shared/file")).unwrap().len(), 1 << 16);
+    host.tree.sync_file_systems().unwrap();
 }

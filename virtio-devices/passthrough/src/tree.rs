@@ -1,11 +1,12 @@
 //! The tree that one guest sees: names, and what they lead to.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, RenameFlags, StatVfs, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, chmodat,
-    fstatvfs, linkat, mkdirat, mknodat, readlinkat, renameat_with, symlinkat, unlinkat, utimensat,
+    fstatvfs, linkat, mkdirat, mknodat, readlinkat, renameat_with, symlinkat, syncfs, unlinkat, utimensat,
 };
 use rustix::io::Errno;
 use rustix::process::{Resource, geteuid, getrlimit};
@@ -330,6 +331,27 @@ impl Tree {
             return Ok(None);
         }
         fstatvfs(&*self.node(id)?.fd).map(Some)
+    }
+
+    /// Has the host write to its disks what is in the file systems that a guest may write to, other people's data included.
+    ///
+    /// # Errors
+    /// As syncfs(2).
+    pub fn sync_file_systems(&self) -> Result<(), Errno> {
+        let (mut number, mut done) = (0, BTreeSet::new());
+        while let Some(grant) = self.grants.after(number) {
+            number = grant.number;
+            let (stat, kind) = host::examine(grant.root.as_fd())?;
+            if !grant.writable || !done.insert((stat.stx_dev_major, stat.stx_dev_minor)) {
+                continue;
+            }
+            match kind {
+                Kind::Directory => syncfs(host::open_directory(grant.root.as_fd())?)?,
+                _ if grant.opened != (false, false) => syncfs(&*grant.root)?,
+                _ => syncfs(self.proc.open(grant.root.as_fd(), OFlags::WRONLY)?)?,
+            }
+        }
+        Ok(())
     }
 
     /// The first grant behind number `after`.

@@ -8,7 +8,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, VolatileSlice};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::parse::{MAX_REQUEST, Request, parse};
+use super::parse::{MAX_REQUEST, MAX_SET_EXTENDED, Request, parse};
 use super::protocol::{InHeader, OutHeader, WriteIn, op};
 use super::session::{MAX_TRANSFER, Reply, Session, written};
 use super::{KIND, STATE_VERSION, State};
@@ -66,7 +66,11 @@ impl Fs {
             return Err(Errno::INVAL);
         }
         // What follows a WRITE's headers stays where it is.
-        let parsed = whole.min(if opcode == op::WRITE { WRITE_HEADERS } else { MAX_REQUEST });
+        let parsed = whole.min(match opcode {
+            op::WRITE => WRITE_HEADERS,
+            op::SETXATTR => MAX_SET_EXTENDED,
+            _ => MAX_REQUEST,
+        });
         let mut body = vec![0; parsed.saturating_sub(IN_HEADER)];
         buffers.readable.read(mem, IN_HEADER, &mut body).ok_or(Errno::FAULT)?;
         match parse(opcode, node, &body)? {

@@ -99,4 +99,9 @@ const SYSCALLS: &[Syscall] = &[
     Syscall { number: libc::SYS_unlinkat, why: "UNLINK, RMDIR" },
     Syscall { number: libc::SYS_renameat2, why: "RENAME, RENAME2" },
     Syscall { number: libc::SYS_fstatfs, why: "STATFS" },
+    Syscall { number: libc::SYS_syncfs, why: "SYNCFS" },
+    Syscall { number: libc::SYS_fgetxattr, why: "GETXATTR" },
+    Syscall { number: libc::SYS_fsetxattr, why: "SETXATTR" },
+    Syscall { number: libc::SYS_flistxattr, why: "LISTXATTR" },
+    Syscall { number: libc::SYS_fremovexattr, why: "REMOVEXATTR" },
 ];

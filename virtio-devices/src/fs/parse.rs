@@ -1,17 +1,19 @@
 //! Requests, from bytes to checked values. Pure: it looks at no state and does nothing.
 
-use passthrough::{Change, Errno, FallocateFlags, Name, OpenFlags, Time};
+use passthrough::{Change, Errno, ExtendedName, FallocateFlags, MAX_EXTENDED, Name, OpenFlags, Time};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use super::protocol::{
-    BatchForgetIn, CopyFileRangeIn, CreateIn, FSYNC_DATA, FallocateIn, ForgetIn, ForgetOne, FsyncIn, InitIn, LinkIn,
-    LseekIn, MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn, Rename2In, RenameIn, SEEK_DATA, SEEK_HOLE, SetattrIn,
-    WRITE_CACHE, WriteIn, op, open, valid,
+    BatchForgetIn, CopyFileRangeIn, CreateIn, FSYNC_DATA, FallocateIn, ForgetIn, ForgetOne, FsyncIn, GetxattrIn,
+    InitIn, LinkIn, LseekIn, MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn, Rename2In, RenameIn, SEEK_DATA, SEEK_HOLE,
+    SetattrIn, SetxattrIn, WRITE_CACHE, WriteIn, op, open, valid,
 };
 
 /// Bytes of a request that are looked at, apart from the data of WRITE: the header, the longest target of a symbolic
 /// link and a name would fit twice. A BATCH_FORGET has 1020 nodes at most.
 pub const MAX_REQUEST: usize = 16 << 10;
+/// The same of a SETXATTR, which has a value of at most [`MAX_EXTENDED`] bytes with it.
+pub const MAX_SET_EXTENDED: usize = MAX_EXTENDED + 1024;
 
 /// Whom a change of owner would make the owner: user and group, where given.
 pub type Owner = (Option<u32>, Option<u32>);
@@ -84,6 +86,26 @@ pub enum Request<'a> {
         append: bool,
     },
     FileSystem,
+    SyncFileSystem,
+    /// As `Create`, without a name.
+    CreateUnnamed {
+        mode: u32,
+        flags: OpenFlags,
+    },
+    /// `size`: room for the answer, which is only the room it needs if there is none.
+    GetExtended {
+        name: ExtendedName,
+        size: u32,
+    },
+    SetExtended {
+        name: ExtendedName,
+        value: &'a [u8],
+        flags: u32,
+    },
+    ListExtended {
+        size: u32,
+    },
+    RemoveExtended(ExtendedName),
     Release {
         handle: u64,
     },
@@ -147,7 +169,13 @@ pub fn parse(opcode: u32, node: u64, body: &[u8]) -> Result<Request<'_>, Errno> 
             let flags = open_flags(create.flags.get())?;
             Request::Create { name: name(rest)?.0, mode: create.mode.get(), flags }
         }
+        op::TMPFILE => {
+            let (create, _) = take::<CreateIn>(body)?;
+            Request::CreateUnnamed { mode: create.mode.get(), flags: open_flags(create.flags.get())? }
+        }
         op::OPENDIR => Request::OpenDirectory,
+        op::SYNCFS => Request::SyncFileSystem,
+        op::SETXATTR..=op::REMOVEXATTR => return parse_extended(opcode, body),
         _ => return parse_opened(opcode, body),
     })
 }
@@ -186,6 +214,29 @@ fn parse_named(opcode: u32, body: &[u8]) -> Result<Request<'_>, Errno> {
             let (link, rest) = take::<LinkIn>(body)?;
             Request::Link { node: link.oldnodeid.get(), name: name(rest)?.0 }
         }
+        _ => return Err(Errno::NOSYS),
+    })
+}
+
+/// Requests about extended attributes.
+fn parse_extended(opcode: u32, body: &[u8]) -> Result<Request<'_>, Errno> {
+    Ok(match opcode {
+        op::SETXATTR => {
+            let (set, rest) = take::<SetxattrIn>(body)?;
+            let (name, rest) = text(rest)?;
+            let size = usize::try_from(set.size.get()).map_err(|_| Errno::TOOBIG)?;
+            if size > MAX_EXTENDED {
+                return Err(Errno::TOOBIG);
+            }
+            let value = rest.get(..size).ok_or(Errno::INVAL)?;
+            Request::SetExtended { name: ExtendedName::new(name)?, value, flags: set.flags.get() }
+        }
+        op::GETXATTR => {
+            let (get, rest) = take::<GetxattrIn>(body)?;
+            Request::GetExtended { name: ExtendedName::new(text(rest)?.0)?, size: get.size.get() }
+        }
+        op::LISTXATTR => Request::ListExtended { size: take::<GetxattrIn>(body)?.0.size.get() },
+        op::REMOVEXATTR => Request::RemoveExtended(ExtendedName::new(text(body)?.0)?),
         _ => return Err(Errno::NOSYS),
     })
 }

@@ -32,6 +32,10 @@ pub mod op {
     pub const STATFS: u32 = 17;
     pub const RELEASE: u32 = 18;
     pub const FSYNC: u32 = 20;
+    pub const SETXATTR: u32 = 21;
+    pub const GETXATTR: u32 = 22;
+    pub const LISTXATTR: u32 = 23;
+    pub const REMOVEXATTR: u32 = 24;
     pub const INIT: u32 = 26;
     pub const OPENDIR: u32 = 27;
     pub const READDIR: u32 = 28;
@@ -46,6 +50,8 @@ pub mod op {
     pub const RENAME2: u32 = 45;
     pub const LSEEK: u32 = 46;
     pub const COPY_FILE_RANGE: u32 = 47;
+    pub const SYNCFS: u32 = 50;
+    pub const TMPFILE: u32 = 51;
 }
 
 /// Flags of INIT that are accepted when a driver offers them.
@@ -60,6 +66,7 @@ pub mod init {
     pub const ASYNC_DIO: u32 = 1 << 15;
     pub const PARALLEL_DIROPS: u32 = 1 << 18;
     pub const MAX_PAGES: u32 = 1 << 22;
+    pub const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
 }
 
 /// Bits of `SetattrIn::valid`.
@@ -165,6 +172,12 @@ structures! {
     ReleaseIn { fh: U64 }
     /// `fuse_fsync_in`.
     FsyncIn { fh: U64, fsync_flags: U32, padding: U32 }
+    /// `fuse_setxattr_in`, without FUSE_SETXATTR_EXT.
+    SetxattrIn { size: U32, flags: U32 }
+    /// `fuse_getxattr_in`, also to list names.
+    GetxattrIn { size: U32, padding: U32 }
+    /// `fuse_getxattr_out`: how much room the answer needs.
+    GetxattrOut { size: U32, padding: U32 }
     /// `fuse_forget_in`.
     ForgetIn { nlookup: U64 }
     /// `fuse_batch_forget_in`.

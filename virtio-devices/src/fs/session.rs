@@ -6,7 +6,8 @@ use zerocopy::IntoBytes;
 
 use super::parse::{Owner, Request};
 use super::protocol::{
-    Attr, AttrOut, Dirent, EntryOut, InitOut, LseekOut, MAJOR, MINOR, OLDEST_MINOR, OpenOut, StatfsOut, WriteOut, init,
+    Attr, AttrOut, Dirent, EntryOut, GetxattrOut, InitOut, LseekOut, MAJOR, MINOR, OLDEST_MINOR, OpenOut, StatfsOut,
+    WriteOut, init,
 };
 
 /// Bytes of one READ or WRITE.
@@ -24,7 +25,8 @@ const VALID: u64 = 1;
 const NAME_MAX: u32 = 255;
 
 /// What of a driver's offer is accepted. No WRITEBACK_CACHE: what is written is the host's at once. No locks: they stay
-/// the guest's own. No extended attributes, which is said when they are asked for.
+/// the guest's own. HANDLE_KILLPRIV_V2: there is nothing to take away from a file that is written, since one with the rights of
+/// its owner is not opened for that; without it the driver asks for capabilities before each write.
 const ACCEPTED: u32 = init::ASYNC_READ
     | init::ATOMIC_O_TRUNC
     | init::BIG_WRITES
@@ -33,7 +35,8 @@ const ACCEPTED: u32 = init::ASYNC_READ
     | init::READDIRPLUS_AUTO
     | init::ASYNC_DIO
     | init::PARALLEL_DIROPS
-    | init::MAX_PAGES;
+    | init::MAX_PAGES
+    | init::HANDLE_KILLPRIV_V2;
 
 /// An answer, apart from its header.
 #[derive(Debug)]
@@ -152,6 +155,7 @@ impl Session {
                 return tree.rename((node, &name), (to, &new), flags).map(|()| Reply::EMPTY);
             }
             Request::FileSystem => return self.file_system(node),
+            Request::SyncFileSystem => return tree.sync_file_systems().map(|()| Reply::EMPTY),
             request => return self.opened(node, request),
         };
         Ok(Reply::of(&entry_out(self.owner, node, &found)))
@@ -163,10 +167,12 @@ impl Session {
         match request {
             Request::Open(flags) => Ok(handle(tree.open(node, flags)?)),
             Request::Create { name, mode, flags } => {
-                let (found, handle) = tree.create(node, &name, mode, flags)?;
-                let mut bytes = entry_out(self.owner, node, &found).as_bytes().to_vec();
-                bytes.extend_from_slice(open_out(handle).as_bytes());
-                Ok(Reply::Bytes(bytes))
+                let created = tree.create(node, &name, mode, flags)?;
+                Ok(self.created(node, created))
+            }
+            Request::CreateUnnamed { mode, flags } => {
+                let created = tree.create_unnamed(node, mode, flags)?;
+                Ok(self.created(node, created))
             }
             Request::OpenDirectory => Ok(handle(tree.open_directory(node)?)),
             Request::ReadDirectory { handle, offset, size, plus } => {
@@ -190,8 +196,28 @@ impl Session {
                 Ok(Reply::of(&LseekOut { offset: offset.into() }))
             }
             Request::Copy { handle, offset, to, len } => tree.copy((node, handle, offset), to, len).map(written),
+            request => self.extended(node, request),
+        }
+    }
+
+    /// Requests about extended attributes.
+    fn extended(&mut self, node: u64, request: Request<'_>) -> Result<Reply, Errno> {
+        let tree = &self.tree;
+        match request {
+            Request::GetExtended { name, size } => fitting(tree.extended(node, &name)?, size),
+            Request::ListExtended { size } => fitting(tree.list_extended(node)?, size),
+            Request::SetExtended { name, value, flags } => {
+                tree.set_extended(node, &name, value, flags).map(|()| Reply::EMPTY)
+            }
+            Request::RemoveExtended(name) => tree.remove_extended(node, &name).map(|()| Reply::EMPTY),
             _ => Err(Errno::NOSYS),
         }
+    }
+
+    fn created(&self, parent: u64, (found, handle): (Found, u64)) -> Reply {
+        let mut bytes = entry_out(self.owner, parent, &found).as_bytes().to_vec();
+        bytes.extend_from_slice(open_out(handle).as_bytes());
+        Reply::Bytes(bytes)
     }
 
     /// Everything belongs to one user, and nobody can give it to another.
@@ -220,8 +246,10 @@ impl Session {
         let room = usize::try_from(size).unwrap_or(MAX_LIST).min(MAX_LIST);
         let (mut bytes, mut full) = (Vec::new(), false);
         let owner = self.owner;
-        self.tree.entries(handle, offset, |tree, entry| {
-            let fixed = size_of::<Dirent>() + if plus { size_of::<EntryOut>() } else { 0 };
+        let fixed = size_of::<Dirent>() + if plus { size_of::<EntryOut>() } else { 0 };
+        // About as many as fit: an entry of the host's takes as much as ours without attributes.
+        let batch = room / if plus { fixed / size_of::<Dirent>() } else { 1 };
+        self.tree.entries(handle, offset, batch, |tree, entry| {
             let len = (fixed + entry.name.len()).next_multiple_of(8);
             full = bytes.len() + len > room;
             if full {
@@ -288,6 +316,16 @@ fn look(tree: &mut Tree, owner: (u32, u32), parent: u64, entry: &Entry) -> Entry
     let name = if entry.is_dot() { Err(Errno::INVAL) } else { Name::new(&entry.name) };
     let found = name.and_then(|name| tree.lookup(parent, &name));
     found.map_or_else(|_| EntryOut::default(), |found| entry_out(owner, parent, &found))
+}
+
+/// Extended attributes, if there is room for them; or the room that they need, if there is none at all.
+fn fitting(bytes: Vec<u8>, room: u32) -> Result<Reply, Errno> {
+    let size = u32::try_from(bytes.len()).map_err(|_| Errno::TOOBIG)?;
+    match room {
+        0 => Ok(Reply::of(&GetxattrOut { size: size.into(), ..GetxattrOut::default() })),
+        room if room < size => Err(Errno::RANGE),
+        _ => Ok(Reply::Bytes(bytes)),
+    }
 }
 
 fn handle(handle: u64) -> Reply {

@@ -328,15 +328,15 @@ fn what_makes_no_sense_is_refused() {
         (0, ROOT, &b""[..], NOSYS),
         (7, ROOT, b"", NOSYS),
         (9999, ROOT, b"", NOSYS),
-        // GETXATTR, FLUSH, SETLK, IOCTL, POLL, SETUPMAPPING, SYNCFS, TMPFILE
-        (22, data, &[0; 64], NOSYS),
+        // FLUSH, SETLK, IOCTL, POLL, SETUPMAPPING
         (25, data, &[0; 64], NOSYS),
         (32, data, &[0; 64], NOSYS),
         (39, data, &[0; 64], NOSYS),
         (40, data, &[0; 64], NOSYS),
         (48, data, &[0; 64], NOSYS),
-        (50, data, &[0; 64], NOSYS),
-        (51, data, &[0; 64], NOSYS),
+        (op::TMPFILE, ROOT, &[0; 64], ROFS),
+        (op::TMPFILE, data, &[0; 15], INVAL),
+        (op::GETXATTR, data, &[0; 7], INVAL),
         (op::LOOKUP, data, b"", INVAL),
         (op::LOOKUP, data, b"no end", INVAL),
         (op::LOOKUP, data, b"..\0", INVAL),
@@ -471,3 +471,73 @@ fn device() -> Box<dyn Device> {
 }
 
 crate::conformance_tests!(super::device);
+
+#[test]
+fn extended_attributes_fit_or_say_how_large_they_are() {
+    let mut guest = Guest::new();
+    let file = guest.file();
+    let set = |size: usize| SetxattrIn { size: u32::try_from(size).unwrap().into(), ..SetxattrIn::default() };
+    let room = |size: u32| GetxattrIn { size: size.into(), ..GetxattrIn::default() };
+    guest.ok(op::SETXATTR, file, &[set(5).as_bytes(), b"user.a\0", b"value"]);
+    let sized: GetxattrOut = get(&guest.ok(op::GETXATTR, file, &[room(0).as_bytes(), b"user.a\0"]));
+    assert_eq!(sized.size.get(), 5);
+    assert_eq!(guest.ok(op::GETXATTR, file, &[room(5).as_bytes(), b"user.a\0"]), b"value");
+    assert_eq!(guest.error(op::GETXATTR, file, &[room(4).as_bytes(), b"user.a\0"]), -libc::ERANGE);
+    let sized: GetxattrOut = get(&guest.ok(op::LISTXATTR, file, &[room(0).as_bytes()]));
+    assert_eq!(sized.size.get(), 7);
+    assert_eq!(guest.ok(op::LISTXATTR, file, &[room(100).as_bytes()]), b"user.a\0");
+    for (bytes, error) in [
+        (vec![], INVAL),
+        ([set(6).as_bytes(), b"user.a\0", b"value"].concat(), INVAL),
+        ([set(5).as_bytes(), b"user.a"].concat(), INVAL),
+        ([set((64 << 10) + 1).as_bytes(), b"user.a\0"].concat(), -libc::E2BIG),
+        ([set(1).as_bytes(), b"security.capability\0x"].concat(), -libc::EOPNOTSUPP),
+        ([set(1).as_bytes(), b"\0x"].concat(), -libc::ERANGE),
+    ] {
+        assert_eq!(guest.error(op::SETXATTR, file, &[&bytes]), error, "{bytes:?}");
+    }
+    guest.ok(op::REMOVEXATTR, file, &[b"user.a\0"]);
+    assert_eq!(guest.error(op::GETXATTR, file, &[room(5).as_bytes(), b"user.a\0"]), -libc::ENODATA);
+    let note = guest.lookup(ROOT, "note").nodeid.get();
+    assert_eq!(guest.error(op::SETXATTR, note, &[set(1).as_bytes(), b"user.a\0x"]), ROFS);
+}
+
+#[test]
+fn a_file_without_a_name_is_made_whatever_the_driver_calls_it() {
+    let mut guest = Guest::new();
+    let data = guest.lookup(ROOT, "data").nodeid.get();
+    let create = CreateIn { flags: libc::O_RDWR.cast_unsigned().into(), mode: 0o100_600.into(), ..CreateIn::default() };
+    let bytes = guest.ok(op::TMPFILE, data, &[create.as_bytes(), b"/\0"]);
+    let entry: EntryOut = get(&bytes);
+    assert_eq!((entry.attr.nlink.get(), entry.attr.mode.get()), (0, 0o100_600));
+    assert_eq!(bytes.len(), size_of::<EntryOut>() + size_of::<OpenOut>());
+    guest.ok(op::SYNCFS, ROOT, &[&[0; 8]]);
+}
+
+#[test]
+fn a_long_directory_is_listed_whole_in_small_pieces() {
+    let mut guest = Guest::new();
+    (0..100).for_each(|i| fs::write(guest.dir.path().join(format!("data/{i:0>200}")), "").unwrap());
+    let data = guest.lookup(ROOT, "data").nodeid.get();
+    for opcode in [op::READDIR, op::READDIRPLUS] {
+        let dir = get::<OpenOut>(&guest.ok(op::OPENDIR, data, &[OpenIn::default().as_bytes()])).fh.get();
+        let (mut offset, mut names) = (0, 0);
+        loop {
+            let bytes = guest.ok(opcode, data, &[read(dir, offset, 512).as_bytes()]);
+            let mut rest = bytes.as_slice();
+            if rest.is_empty() {
+                break;
+            }
+            while !rest.is_empty() {
+                let skip = if opcode == op::READDIRPLUS { size_of::<EntryOut>() } else { 0 };
+                let entry: Dirent = get(&rest[skip..]);
+                offset = entry.off.get();
+                names += 1;
+                let len = skip + size_of::<Dirent>() + usize::try_from(entry.namelen.get()).unwrap();
+                rest = &rest[len.next_multiple_of(8)..];
+            }
+        }
+        assert_eq!(names, 103, "with the dots and the file");
+        guest.ok(op::RELEASEDIR, data, &[ReleaseIn { fh: dir.into() }.as_bytes()]);
+    }
+}

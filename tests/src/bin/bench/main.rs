@@ -7,10 +7,14 @@
 //!     bench live-fork [--json] [--runs N]     the same; for how long a live snapshot stops a machine, and what other
 //!                                                ways to keep its memory would cost
 //!     bench agent-clones [--json] [--runs N]    clones of the template to their agent's first answer, where /dev/kvm is real
+//!     bench app-grants [--json] [--runs N]      files of the host in a guest, beside virtiofsd in QEMU, where /dev/kvm is real
+//!     bench app-commit [--json] [--runs N]      foot from `spectrum run` to its first commit, as a clone and with a boot
+//!     bench app-unique [--json] [--runs N]      the memory of N VMs with foot
 //!
 //! Where a rival is on PATH it runs in turn with ours, and its figures are compared.
 
 mod agents;
+mod app;
 mod arms;
 mod clone;
 mod floor;
@@ -54,6 +58,12 @@ fn main() -> ExitCode {
         (Some("live-fork"), None) => fork::pause(40),
         (Some("live-fork"), Some(Ok(runs))) => fork::pause(runs),
         (Some("agent-clones"), None) => agents::clones(10),
+        (Some("app-commit"), None) => app::apps::first_commit(10),
+        (Some("app-commit"), Some(Ok(runs))) => app::apps::first_commit(runs),
+        (Some("app-unique"), None) => app::apps::unique(20),
+        (Some("app-unique"), Some(Ok(runs))) => app::apps::unique(runs),
+        (Some("app-grants"), None) => app::grants::measure(20),
+        (Some("app-grants"), Some(Ok(runs))) => app::grants::measure(runs),
         (Some("agent-clones"), Some(Ok(runs))) => agents::clones(runs),
         _ => {
             Err("usage: bench boot|first-instruction|clone|live-clones|live-fork|agent-clones [--json] [--runs N]"

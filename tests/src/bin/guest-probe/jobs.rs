@@ -27,6 +27,10 @@ pub fn run(job: &str) -> Outcome {
         "write" => write_device(argument),
         "churn" => churn(argument),
         "refused" => refused(argument),
+        "files" => crate::files::serve(argument),
+        "journal" => crate::files::write_journal(argument),
+        "read-journal" => crate::files::read_journal(argument),
+        "hoard" => crate::files::hoard(argument),
         "graphics" => crate::graphics::capabilities(),
         "vsock-hold" => crate::vsock::hold(argument),
         "vsock-connect" => crate::vsock::connect(argument),
@@ -36,7 +40,7 @@ pub fn run(job: &str) -> Outcome {
     }
 }
 
-fn text(error: impl std::fmt::Display) -> String {
+pub fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
 

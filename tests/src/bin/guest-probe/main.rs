@@ -4,6 +4,7 @@
 //! A line is `probe: JOB: RESULT`; a job that failed has the result `FAILED: REASON`.
 
 mod board;
+mod files;
 mod graphics;
 mod hostile;
 mod jobs;
