@@ -27,7 +27,7 @@ pub enum Command {
     /// Run an application in a virtual machine of its own
     ///
     /// The application's exit status becomes that of this command; 125 means that the VM failed.
-    Run(RunOptions),
+    Run(Box<RunOptions>),
     /// Commands about VMs that run
     #[command(flatten)]
     Vm(VmCommand),
