@@ -27,7 +27,7 @@ pub enum Command {
     /// Run an application in a virtual machine of its own
     ///
     /// The application's exit status becomes that of this command; 125 means that the VM failed.
-    Run(RunOptions),
+    Run(Box<RunOptions>),
     /// Open files and URLs in a new VM, by the app for their MIME type
     ///
     /// The VM and what is in it are gone afterwards; of this machine it has these files, and nothing of what the app keeps and shares.
