@@ -14,8 +14,12 @@ use crate::{home::Home, run::options, template, text};
 /// Memory of one VM that nobody said anything about, in MiB.
 const VM_MEMORY: u64 = 512;
 
-/// Tools for making templates, with their Debian packages.
-const TOOLS: [(&str, &str); 2] = [("mmdebstrap", "mmdebstrap"), ("mkfs.erofs", "erofs-utils")];
+/// Tools with their Debian packages, and what they are needed for.
+const TOOLS: [(&str, &str, &str); 3] = [
+    ("mmdebstrap", "mmdebstrap", "to build templates"),
+    ("mkfs.erofs", "erofs-utils", "to build templates"),
+    ("passt", "passt", "for apps with network = \"internet\""),
+];
 
 /// How something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -63,7 +67,7 @@ struct Facts {
     /// XDG_RUNTIME_DIR, if it is a folder.
     runtime: Option<PathBuf>,
     /// Those of [`TOOLS`] that are there.
-    tools: [Option<PathBuf>; 2],
+    tools: [Option<PathBuf>; 3],
     /// MiB that can be had without swapping; none if the kernel does not tell.
     memory: Option<u64>,
 }
@@ -102,7 +106,7 @@ impl Facts {
             wayland: options::wayland_socket(None).map_err(|e| e.to_string()),
             templates: find_templates(home).map_err(|e| e.to_string()),
             runtime: runtime.filter(|path| path.is_absolute() && path.is_dir()),
-            tools: TOOLS.map(|(tool, _)| find_tool(tool)),
+            tools: TOOLS.map(|(tool, ..)| find_tool(tool)),
             memory: available(&meminfo),
         }
     }
@@ -161,11 +165,11 @@ fn checks(facts: &Facts) -> Vec<Check> {
             warning("runtime folder", "XDG_RUNTIME_DIR is no folder: sockets go to the temporary folder", fix)
         }
     });
-    for ((tool, package), found) in TOOLS.iter().zip(&facts.tools) {
+    for ((tool, package, why), found) in TOOLS.iter().zip(&facts.tools) {
         checks.push(match found {
             Some(path) => ok(tool, path.display()),
             None => {
-                warning(tool, "not found; it is needed to build templates", &format!("sudo apt-get install {package}"))
+                warning(tool, &format!("not found; it is needed {why}"), &format!("sudo apt-get install {package}"))
             }
         });
     }
@@ -240,7 +244,7 @@ mod tests {
             wayland: Ok("/run/wayland-0".into()),
             templates: Ok((vec!["default".into()], vec![])),
             runtime: Some("/run".into()),
-            tools: [Some("/bin/mmdebstrap".into()), Some("/sbin/mkfs.erofs".into())],
+            tools: [Some("/bin/mmdebstrap".into()), Some("/sbin/mkfs.erofs".into()), Some("/bin/passt".into())],
             memory: Some(512),
         }
     }
@@ -248,7 +252,7 @@ mod tests {
     #[test]
     fn a_good_machine_needs_nothing() {
         let checks = checks(&good());
-        assert_eq!(checks.len(), 8);
+        assert_eq!(checks.len(), 9);
         assert!(checks.iter().all(|check| check.status == Status::Ok && check.fix.is_none()), "{checks:?}");
     }
 
@@ -282,12 +286,18 @@ mod tests {
                 "template rm",
             ),
             (Facts { runtime: None, ..good() }, "runtime folder", Status::Warning, "log in"),
-            (Facts { tools: [None, Some("/x".into())], ..good() }, "mmdebstrap", Status::Warning, "install mmdebstrap"),
+            (Facts { tools: [None, Some("/x".into()), Some("/x".into())], ..good() }, "mmdebstrap", Status::Warning, "install mmdebstrap"),
             (
-                Facts { tools: [Some("/x".into()), None], ..good() },
+                Facts { tools: [Some("/x".into()), None, Some("/x".into())], ..good() },
                 "mkfs.erofs",
                 Status::Warning,
                 "install erofs-utils",
+            ),
+            (
+                Facts { tools: [Some("/x".into()), Some("/x".into()), None], ..good() },
+                "passt",
+                Status::Warning,
+                "install passt",
             ),
             (Facts { memory: Some(511), ..good() }, "memory", Status::Warning, "end other programs"),
         ];

@@ -40,6 +40,7 @@ mod frame;
 mod identity;
 mod link;
 mod message;
+pub mod network;
 
 pub use frame::{Decoder, MAX_FRAME, MAX_PAYLOAD, Message, ProtoError};
 pub use identity::{BootId, Hostname, Identity, IdentityError, MachineId, Seed};
@@ -52,8 +53,11 @@ pub const AGENT_PORT: u32 = 5000;
 /// The vsock port of the host that the agent connects to once it accepts requests.
 pub const READY_PORT: u32 = 5001;
 
+/// The vsock port of the host to which the connections go that [`Request::Forward`] is about.
+pub const FORWARD_PORT: u32 = 5002;
+
 /// Version of this protocol; both sides must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Bytes of standard input that may be sent before the agent has granted more.
 pub const STDIN_WINDOW: usize = 64 * 1024;

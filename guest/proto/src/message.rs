@@ -20,6 +20,11 @@ pub enum Request {
     Wake(Identity),
     /// Starts a process; this connection then carries its streams.
     Run(Run),
+    /// Lets connections to this TCP port of the VM's loopback go on to [`crate::FORWARD_PORT`] of the host.
+    Forward {
+        /// The port.
+        port: u16,
+    },
     /// Stops every process and powers the VM off.
     PowerOff,
     /// Stops every process and resets the VM.
@@ -202,7 +207,8 @@ mod tests {
         };
         let nameless = Identity { hostname: None, ..identity.clone() };
         let wake = [identity, nameless].map(Request::Wake);
-        for request in [Request::Ping, Request::Run(run), Request::PowerOff, Request::Reboot].into_iter().chain(wake) {
+        let forward = Request::Forward { port: 8080 };
+        for request in [Request::Ping, Request::Run(run), forward, Request::PowerOff, Request::Reboot].into_iter().chain(wake) {
             round_trip(&ToAgent::Request(request));
         }
         round_trip(&ToAgent::Stdin(vec![]));

@@ -10,12 +10,14 @@ use std::{
 };
 
 use file::App;
+pub use file::Network;
 use serde::Serialize;
 
 use crate::{
     cli::RunOptions,
     home::{HomeError, is_name},
     places::Places,
+    policy::{Action, Decision, Policy, Service},
     text::{self, TextError},
 };
 
@@ -42,6 +44,24 @@ pub enum AppError {
         key: &'static str,
         /// What is not there.
         why: &'static str,
+    },
+    /// It wants what the policy does not allow.
+    #[error(
+        "{path} asks for network \"{network}\", and the policy says {action} ({because}): add \"network {name} {network} allow\" \
+         to the policy, or remove the line to run {name} without it",
+        path = .path.display()
+    )]
+    Denied {
+        /// The application.
+        name: String,
+        /// Its file.
+        path: PathBuf,
+        /// What it asks for.
+        network: Network,
+        /// What the policy says.
+        action: Action,
+        /// Which line says so.
+        because: String,
     },
     /// The list cannot be shown.
     #[error("cannot write the list: {0}")]
@@ -123,8 +143,24 @@ pub fn fill_in(places: &Places, options: &mut RunOptions) -> Result<(), AppError
     options.template = options.template.take().or(app.template.map(String::from));
     options.memory = options.memory.take().or(app.memory.map(String::from));
     options.cpus = options.cpus.or(app.cpus.map(u8::from));
+    if options.network.is_none() && app.network != Network::None {
+        check_policy(places, &name, &path, app.network)?;
+    }
+    options.network = options.network.or(Some(app.network));
     options.no_wayland |= !app.wayland && options.wayland.is_none();
     Ok(())
+}
+
+/// What an app's file asks for needs the policy's leave; what the command line asks for is its user's own wish.
+fn check_policy(places: &Places, name: &str, path: &Path, network: Network) -> Result<(), AppError> {
+    let Decision { action, because } = Policy::load(places)?.decide(Service::Network, name, &network.to_string());
+    match action {
+        Action::Allow => Ok(()),
+        // Nobody can be asked at this place yet.
+        Action::Ask | Action::Deny => {
+            Err(AppError::Denied { name: name.into(), path: path.into(), network, action, because })
+        }
+    }
 }
 
 /// One line of the list.

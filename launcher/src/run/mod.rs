@@ -8,6 +8,7 @@ mod folder;
 mod grants;
 mod identity;
 mod journal;
+pub mod network;
 pub mod options;
 mod process;
 mod relay;
@@ -20,7 +21,7 @@ mod warm;
 
 use std::{path::Path, process::ExitCode};
 
-use guest_proto::{ExitStatus, IdentityError, LinkError, Request, Run};
+use guest_proto::{ExitStatus, FORWARD_PORT, IdentityError, LinkError, Request, Run};
 use options::Settings;
 use relay::Relay;
 use signals::Signals;
@@ -28,6 +29,7 @@ use vm::Vm;
 use warm::Warm;
 
 use crate::{
+    apps::Network,
     cli::{RunOptions, WarmOptions},
     home::Home,
     progress, template,
@@ -48,6 +50,8 @@ pub enum RunError {
     Vms(#[from] vms::VmsError),
     #[error(transparent)]
     Grant(#[from] grants::GrantError),
+    #[error(transparent)]
+    Network(#[from] network::NetworkError),
     #[error(transparent)]
     Warm(#[from] warm::WarmError),
     #[error("lost the agent in the VM: {0}")]
@@ -150,6 +154,13 @@ fn in_vm(vm: &mut Vm, signals: &Signals, settings: &Settings, options: &RunOptio
     if !settings.grants.is_empty() {
         let mut api = vm.api().map_err(grants::GrantError::Vmm)?;
         settings.grants.iter().try_for_each(|grant| grant.give(&mut api).map(drop))?;
+    }
+    if let Network::Host(port) = settings.network {
+        network::relay_port(&vm.path_of(FORWARD_PORT), port).map_err(io_error("listen for the VM"))?;
+        network::forward(vm.connect()?, port)?;
+    }
+    if let Some(why) = vm.network_lost() {
+        tell(&format!("there is no network, since passt ended: {why}"));
     }
     vm.is_ready()?;
     let request = Request::Run(Run {

@@ -11,6 +11,7 @@ use std::{
 
 use super::{grants::Grant, state::About};
 use crate::{
+    apps::Network,
     cli::{RunOptions, WarmOptions},
     home::Home,
     template::{self, Template, TemplateError},
@@ -67,6 +68,8 @@ pub struct Settings {
     pub hostname: String,
     /// Environment of the application, beside what the agent sets.
     pub environment: BTreeMap<String, String>,
+    /// What it can connect to.
+    pub network: Network,
     /// Further arguments of the VMM.
     pub vmm_arguments: Vec<OsString>,
     /// Show the VMM's and the guest's messages.
@@ -98,6 +101,7 @@ impl Settings {
             cpus: options.cpus.unwrap_or(DEFAULT_CPUS),
             hostname,
             environment: environment(&options.env)?,
+            network: options.network.unwrap_or(Network::None),
             vmm_arguments: options.vmm_arg.clone(),
             debug: options.debug,
             boot_timeout: Duration::from_secs(options.boot_timeout),
@@ -120,6 +124,7 @@ impl Settings {
             cpus: options.cpus,
             hostname: "template".into(),
             environment: BTreeMap::new(),
+            network: Network::None,
             vmm_arguments: Vec::new(),
             debug: false,
             boot_timeout: Duration::from_secs(options.boot_timeout),
@@ -130,6 +135,9 @@ impl Settings {
     pub fn boots_because(&self) -> Option<&'static str> {
         if self.debug {
             return Some("--debug shows how it boots");
+        }
+        if self.network == Network::Internet {
+            return Some("warm templates have no network interface");
         }
         (!self.vmm_arguments.is_empty()).then_some("a clone's VMM takes no --vmm-arg")
     }

@@ -32,6 +32,7 @@ use super::{
     folder::{API, CONSOLE, MESSAGES, RunFolder, VSOCK},
     io_error,
     journal::Journal,
+    network::{self, Passt},
     options::Settings,
     process::{ProcessId, Running},
     relay::Waits,
@@ -39,7 +40,10 @@ use super::{
     state::Origin,
     tail::{Tail, printable},
 };
-use crate::template::{INITRAMFS, ROOT, VMLINUZ};
+use crate::{
+    apps::Network,
+    template::{INITRAMFS, ROOT, VMLINUZ},
+};
 
 /// The launcher's end of a connection to the agent.
 pub type AgentLink = Link<FromAgent, ToAgent>;
@@ -101,6 +105,8 @@ pub struct Vm {
     messages: Option<Tail>,
     console: Tail,
     boot_timeout: Duration,
+    /// What its interface is connected to.
+    passt: Option<Passt>,
 }
 
 impl Vm {
@@ -119,16 +125,26 @@ impl Vm {
         let messages = Some(Tail::new(read, settings.debug).kept_in(journal(MESSAGES)?));
         let console = Tail::new(console.into(), settings.debug).kept_in(journal(CONSOLE)?);
         let fail = |source| VmError::Start { vmm: settings.vmm.display().to_string(), source };
+        let (passt, socket) = (settings.network == Network::Internet).then(Passt::start).transpose()?.unzip();
         let mut command = Command::new(&settings.vmm);
         command.args(arguments(settings, &folder)).stdin(Stdio::null()).stdout(write).stderr(errors);
-        let child = command.spawn().map_err(fail)?;
-        // The write ends must be the child's alone, or its end would not be seen.
-        drop(command);
+        // The write ends must be the child's alone, or its end would not be seen; so must the socket, or passt would not end.
+        let child = match socket {
+            Some(socket) => {
+                command.arg("--net").arg(network::interface(&socket, &network::denied()?));
+                network::spawn_with(command, socket).map_err(fail)?
+            }
+            None => {
+                let child = command.spawn().map_err(fail)?;
+                drop(command);
+                child
+            }
+        };
         let (pid, boot_timeout) = (child.id(), settings.boot_timeout);
         let (process, running) = (Process::Child(child), watch(pid)?);
         let written = folder.update(|state| state.vmm = ProcessId::of(pid));
         // From here on it is ended whatever happens.
-        let vm = Self { process, running, folder, ready, agent: None, messages, console, boot_timeout };
+        let vm = Self { process, running, folder, ready, agent: None, messages, console, boot_timeout, passt };
         written?;
         Ok(vm)
     }
@@ -164,7 +180,7 @@ impl Vm {
         let written = folder.update(|state| state.vmm = ProcessId::of(pid));
         let boot_timeout = settings.boot_timeout;
         // From here on it is ended whatever happens.
-        let vm = Self { process, running, folder, ready, agent: None, messages: None, console, boot_timeout };
+        let vm = Self { process, running, folder, ready, agent: None, messages: None, console, boot_timeout, passt: None };
         written?;
         Ok(vm)
     }
@@ -207,6 +223,16 @@ impl Vm {
     /// Says that the application can run, and other commands in the VM.
     pub fn is_ready(&mut self) -> Result<(), RunError> {
         Ok(self.folder.update(|state| state.ready = true)?)
+    }
+
+    /// Where the VMM looks for somebody when a process of the VM connects to a port of the host.
+    pub fn path_of(&self, port: u32) -> PathBuf {
+        self.folder.path(&format!("{VSOCK}_{port}"))
+    }
+
+    /// Why it has no network, if it was to have one.
+    pub fn network_lost(&mut self) -> Option<String> {
+        self.passt.as_mut().and_then(Passt::reason_for_end)
     }
 
     /// Why the VM is gone, if its VMM has ended or does so at once.
