@@ -42,12 +42,6 @@ const PASST: &str = "passt";
 /// Its own address on the guest's network; else it would be that of an interface of the host's.
 const PASST_MAC: &str = "02:00:00:00:00:02";
 
-/// The guest's. Every VM has a network of its own, so all can have the same.
-const GUEST_MAC: &str = "02:00:00:00:00:0f";
-
-/// The largest packet in bytes. Above it a guest would need memory in large pieces, below it more packets.
-const MTU: u16 = 9000;
-
 /// Addresses that are the host itself, whatever it is called, or no single machine: RFC 6890.
 const NEVER: [(Ipv4Addr, u8); 4] = [
     (Ipv4Addr::new(0, 0, 0, 0), 8),
@@ -184,10 +178,17 @@ fn own_addresses(text: &str) -> Vec<Ipv4Addr> {
     own
 }
 
+/// Value of the VMM's --net for an interface that is connected to nothing. Every VM has a network of its own, so all can have the
+/// same address. A larger packet would need memory in large pieces in the guest; smaller ones are more.
+pub const UNCONNECTED: &str = "mac=02:00:00:00:00:0f,mtu=9000";
+
+/// The identifier that the VMM gives an interface.
+pub const DEVICE: &str = "_net0";
+
 /// Value of the VMM's --net for a socket that it inherits.
 pub fn interface(socket: &impl AsRawFd, denied: &[Ipv4Network]) -> String {
     let denied: Vec<String> = denied.iter().map(ToString::to_string).collect();
-    format!("fd={},mac={GUEST_MAC},mtu={MTU},deny=[{}]", socket.as_raw_fd(), denied.join(","))
+    format!("{UNCONNECTED},fd={},deny=[{}]", socket.as_raw_fd(), denied.join(","))
 }
 
 /// Accepts the connections of a VM's processes to `port`, for as long as this process lives.
@@ -313,7 +314,7 @@ Local:
     fn the_vmm_understands_its_interface() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let net = vmm_config::NetConfig::parse(&interface(&ours, &denied().unwrap())).unwrap();
-        assert_eq!((net.fd, net.mtu), (Some(ours.as_raw_fd()), Some(MTU)));
+        assert_eq!((net.fd, net.mtu), (Some(ours.as_raw_fd()), Some(9000)));
         assert!(net.mac.unwrap().is_unicast() && net.deny.len() >= NEVER.len());
     }
 }

@@ -136,9 +136,6 @@ impl Settings {
         if self.debug {
             return Some("--debug shows how it boots");
         }
-        if self.network == Network::Internet {
-            return Some("warm templates have no network interface");
-        }
         (!self.vmm_arguments.is_empty()).then_some("a clone's VMM takes no --vmm-arg")
     }
 }

@@ -161,17 +161,22 @@ impl Vm {
         ioctl_fionbio(&console, true).map_err(io_error("read the VM's console"))?;
         let journal = Journal::new(folder.path(CONSOLE)).map_err(io_error("keep the VM's messages"))?;
         let console = Tail::new(console, settings.debug).kept_in(journal);
+        let (passt, socket) = (settings.network == Network::Internet).then(Passt::start).transpose()?.unzip();
+        let interface = socket.iter().map(|_| network::DEVICE);
         let config = CloneConfig {
-            fds: ["api", "console", VSOCK_DEVICE].map(String::from).into(),
+            fds: ["api", "console", VSOCK_DEVICE].into_iter().chain(interface).map(String::from).collect(),
+            net_deny: socket.iter().map(|_| network::denied()).next().transpose()?,
             vsock_socket: Some(folder.path(VSOCK)),
             wayland: settings.wayland.clone(),
             ..CloneConfig::default()
         };
-        let info = zygote.clone_vm(config, &[api.as_fd(), write.as_fd(), vsock.as_fd()]).map_err(VmError::Clone)?;
+        let fds: Vec<_> =
+            [api.as_fd(), write.as_fd(), vsock.as_fd()].into_iter().chain(socket.iter().map(AsFd::as_fd)).collect();
+        let info = zygote.clone_vm(config, &fds).map_err(VmError::Clone)?;
         let pid = u32::try_from(info.pid).unwrap_or_default();
         let (process, running) = (Process::Clone { pid, log }, watch(pid)?);
         // From here on it alone listens. Were it gone already, the number could be another process' by now.
-        drop((api, vsock));
+        drop((api, vsock, socket));
         let mut own = Client::connect(&folder.path(API)).map_err(VmError::Clone)?;
         own.set_timeout(Some(PATIENCE)).map_err(VmError::Clone)?;
         if own.ping().map_err(VmError::Clone)?.pid != info.pid {
@@ -180,7 +185,7 @@ impl Vm {
         let written = folder.update(|state| state.vmm = ProcessId::of(pid));
         let boot_timeout = settings.boot_timeout;
         // From here on it is ended whatever happens.
-        let vm = Self { process, running, folder, ready, agent: None, messages: None, console, boot_timeout, passt: None };
+        let vm = Self { process, running, folder, ready, agent: None, messages: None, console, boot_timeout, passt };
         written?;
         Ok(vm)
     }
