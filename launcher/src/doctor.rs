@@ -286,7 +286,12 @@ mod tests {
                 "template rm",
             ),
             (Facts { runtime: None, ..good() }, "runtime folder", Status::Warning, "log in"),
-            (Facts { tools: [None, Some("/x".into()), Some("/x".into())], ..good() }, "mmdebstrap", Status::Warning, "install mmdebstrap"),
+            (
+                Facts { tools: [None, Some("/x".into()), Some("/x".into())], ..good() },
+                "mmdebstrap",
+                Status::Warning,
+                "install mmdebstrap",
+            ),
             (
                 Facts { tools: [Some("/x".into()), None, Some("/x".into())], ..good() },
                 "mkfs.erofs",

@@ -43,11 +43,24 @@ fn fetch(address: &str, port: u16) -> String {
 /// A network beyond the host with a web server and a resolver, and services of the host that count who comes.
 struct World {
     visitors: Arc<AtomicUsize>,
+    /// What was in the host's resolv.conf before.
+    resolvers: Option<String>,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        ip("link del toward");
+        ip("netns del outside");
+        if let Some(resolvers) = &self.resolvers {
+            fs::write("/etc/resolv.conf", resolvers).unwrap();
+        }
+    }
 }
 
 impl World {
     fn new() -> Self {
         load("veth");
+        let resolvers = fs::read_to_string("/etc/resolv.conf").ok();
         ip("netns add outside");
         ip("link set lo up");
         ip("link add toward type veth peer name home netns outside");
@@ -74,7 +87,7 @@ impl World {
                 count.fetch_add(1, Ordering::SeqCst);
             }
         });
-        Self { visitors }
+        Self { visitors, resolvers }
     }
 
     fn visitors(&self) -> usize {
@@ -87,7 +100,11 @@ fn serve(listener: TcpListener, answer: &'static str, visitors: Arc<AtomicUsize>
     thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
             visitors.fetch_add(1, Ordering::SeqCst);
-            let _ = stream.read(&mut [0; 1000]);
+            // What is not read before the end would end the connection sooner.
+            let (mut request, mut byte) = (Vec::new(), [0]);
+            while !request.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|n| n == 1) {
+                request.extend(byte);
+            }
             let _ = stream.write_all(answer.as_bytes());
         }
     });
@@ -149,7 +166,7 @@ fn the_internet_and_not_the_host() {
 fn uses_the_internet(application: &mut Application, world: &World) {
     let shown = application.shell("ls /sys/class/net; cat /etc/resolv.conf");
     assert!(shown.contains("eth0") && shown.contains("nameserver 10.0.2.3"), "{shown}");
-    assert_eq!(application.shell(&fetch("server.test", 80)), "hello from outside");
+    assert_eq!(application.shell(&fetch("server.test", 80)), "hello from outside", "{}", application.said());
     for address in [HOST, "10.0.2.2", "10.0.2.3", "169.254.1.1"] {
         let found = application.shell(&fetch(address, HOST_PORT));
         assert!(!found.contains("secret"), "{address}: {found}");
@@ -211,7 +228,11 @@ fn a_tap_of_the_host() {
     ip("tuntap add mode tap name guest0");
     ip("addr add 192.0.2.1/24 dev guest0");
     ip("link set guest0 up");
-    serve(TcpListener::bind(("192.0.2.1", 80)).unwrap(), "HTTP/1.0 200 OK\r\n\r\nhello from the host\n", Arc::default());
+    serve(
+        TcpListener::bind(("192.0.2.1", 80)).unwrap(),
+        "HTTP/1.0 200 OK\r\n\r\nhello from the host\n",
+        Arc::default(),
+    );
     let initramfs = Initramfs::new()
         .program("/bin/busybox", &programs::existing("/bin/busybox".into()))
         .modules(&["virtio_net"])

@@ -10,7 +10,8 @@ use clap::{Arg, ArgAction, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use thiserror::Error;
 use vmm_config::{
     ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, FsConfig, GpuConfig, LandlockRule, MemoryConfig, NetConfig,
-    PayloadConfig, PlatformConfig, PmemConfig, RestoreConfig, RngConfig, SerialConfig, VmConfig, VsockConfig, ZygoteConfig,
+    PayloadConfig, PlatformConfig, PmemConfig, RestoreConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+    ZygoteConfig,
 };
 
 /// Flags of Cloud Hypervisor's with a meaning we do not carry out yet: refused by name instead of as unknown.

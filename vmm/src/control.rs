@@ -211,11 +211,7 @@ impl Vmm {
     ///
     /// # Errors
     /// As [`Vmm::create`].
-    pub fn create_with(
-        &mut self,
-        mut config: VmConfig,
-        handed: BTreeMap<String, OwnedFd>,
-    ) -> Result<(), VmmError> {
+    pub fn create_with(&mut self, mut config: VmConfig, handed: BTreeMap<String, OwnedFd>) -> Result<(), VmmError> {
         let facts = host_facts(&config, self.hypervisor.capabilities().max_vcpus);
         // What is to be booted may be missing until then.
         let problems = config.check(&facts).into_iter().filter(|p| p.kind != ProblemKind::NoPayload);

@@ -208,7 +208,9 @@ mod tests {
         let nameless = Identity { hostname: None, ..identity.clone() };
         let wake = [identity, nameless].map(Request::Wake);
         let forward = Request::Forward { port: 8080 };
-        for request in [Request::Ping, Request::Run(run), forward, Request::PowerOff, Request::Reboot].into_iter().chain(wake) {
+        for request in
+            [Request::Ping, Request::Run(run), forward, Request::PowerOff, Request::Reboot].into_iter().chain(wake)
+        {
             round_trip(&ToAgent::Request(request));
         }
         round_trip(&ToAgent::Stdin(vec![]));

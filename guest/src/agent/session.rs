@@ -14,7 +14,8 @@ use std::{
 };
 
 use guest_proto::{
-    CHUNK, ExitStatus, FORWARD_PORT, FromAgent, Identity, LinkError, ProtoError, Reply, Request, Run, STDIN_WINDOW, ToAgent, VERSION,
+    CHUNK, ExitStatus, FORWARD_PORT, FromAgent, Identity, LinkError, ProtoError, Reply, Request, Run, STDIN_WINDOW,
+    ToAgent, VERSION,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -97,10 +98,8 @@ pub fn serve(
 const ASLEEP: &str = "the VM has not been woken since it was booted or restored: send it an identity first";
 
 fn start_forward(port: u16) -> FromAgent {
-    forward::start(port, || sys::vsock_connect(sys::CID_HOST, FORWARD_PORT)).map_or_else(
-        |error| failed(&format!("cannot listen on port {port} in the VM: {error}")),
-        |()| DONE,
-    )
+    forward::start(port, || sys::vsock_connect(sys::CID_HOST, FORWARD_PORT))
+        .map_or_else(|error| failed(&format!("cannot listen on port {port} in the VM: {error}")), |()| DONE)
 }
 
 const DONE: FromAgent = FromAgent::Reply(Reply::Done);

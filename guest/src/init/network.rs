@@ -66,7 +66,8 @@ fn address(index: u32) -> Vec<u8> {
 
 /// `struct rtmsg`: family, bits of destination and source, type of service, table, protocol, scope, type, flags.
 fn route(index: u32) -> Vec<u8> {
-    let body = [IPV4, 0, 0, 0, libc::RT_TABLE_MAIN, libc::RTPROT_BOOT, libc::RT_SCOPE_UNIVERSE, libc::RTN_UNICAST, 0, 0, 0, 0];
+    let body =
+        [IPV4, 0, 0, 0, libc::RT_TABLE_MAIN, libc::RTPROT_BOOT, libc::RT_SCOPE_UNIVERSE, libc::RTN_UNICAST, 0, 0, 0, 0];
     let attributes = [(libc::RTA_GATEWAY, Ipv4Addr::octets(&GATEWAY)), (libc::RTA_OIF, index.to_ne_bytes())];
     request(libc::RTM_NEWROUTE, CREATE, &body, &attributes)
 }

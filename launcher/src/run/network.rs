@@ -10,7 +10,7 @@
 use std::{
     env, fs,
     io::{self, Read},
-    net::{IpAddr, Ipv4Addr, Shutdown, TcpStream},
+    net::{Ipv4Addr, Shutdown, TcpStream},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::{
@@ -54,8 +54,8 @@ const NEVER: [(Ipv4Addr, u8); 4] = [
 /// Where the kernel lists the addresses that are its own.
 const ROUTES: &str = "/proc/net/fib_trie";
 
-/// Where resolvers are named; the second is systemd-resolved's, whose own is on loopback.
-const RESOLVERS: [&str; 2] = ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"];
+/// Where passt looks for a resolver.
+const RESOLVERS: &str = "/etc/resolv.conf";
 
 /// More connections than this at once are closed unheard.
 const CONNECTIONS: usize = 64;
@@ -87,9 +87,12 @@ impl Passt {
     /// Starts one, and gives the VMM's end of its socket.
     pub fn start() -> Result<(Self, OwnedFd), NetworkError> {
         let (ours, theirs) = UnixStream::pair().map_err(NetworkError::Start)?;
-        let resolver = RESOLVERS.iter().find_map(|file| first_resolver(&fs::read_to_string(file).ok()?));
+        let has_resolver = names_resolver(&fs::read_to_string(RESOLVERS).unwrap_or_default());
+        if !has_resolver {
+            log::warn!("{RESOLVERS} names no resolver with an IPv4 address: the VM will know no names");
+        }
         let mut command = Command::new(find_passt().ok_or(NetworkError::Missing)?);
-        command.args(arguments(&theirs, resolver)).process_group(0).current_dir("/");
+        command.args(arguments(&theirs, has_resolver)).process_group(0).current_dir("/");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let child = spawn_with(command, &theirs).map_err(NetworkError::Start)?;
         Ok((Self(child), ours.into()))
@@ -121,7 +124,7 @@ pub fn spawn_with(mut command: Command, fd: impl AsFd) -> io::Result<Child> {
 }
 
 /// passt(1). Nothing of the host's is told to the guest, and no port of the host leads to it.
-fn arguments(socket: &impl AsRawFd, resolver: Option<Ipv4Addr>) -> Vec<String> {
+fn arguments(socket: &impl AsRawFd, has_resolver: bool) -> Vec<String> {
     let mut arguments = vec!["--foreground".into(), "--quiet".into(), "--ipv4-only".into()];
     let mut add = |flag: &str, value: String| arguments.extend([flag.to_owned(), value]);
     add("--fd", socket.as_raw_fd().to_string());
@@ -132,26 +135,21 @@ fn arguments(socket: &impl AsRawFd, resolver: Option<Ipv4Addr>) -> Vec<String> {
     add("--gateway", GATEWAY.to_string());
     add("--mac-addr", PASST_MAC.into());
     add("--search", "none".into());
-    match resolver {
-        Some(resolver) => {
-            add("--dns", resolver.to_string());
-            add("--dns-forward", RESOLVER.to_string());
-        }
-        None => add("--dns", "none".into()),
+    // The resolver it forwards to must be found by itself: one given by --dns is not used for that, and where none is
+    // found queries go to 0.0.0.0, the host (2023-03-09).
+    if has_resolver {
+        add("--dns-forward", RESOLVER.to_string());
     }
     arguments.extend(["--no-map-gw".to_owned(), "--no-dhcp".to_owned()]);
     arguments
 }
 
-/// The first resolver that is another machine: passt cannot forward to the host's loopback. See resolv.conf(5).
-fn first_resolver(text: &str) -> Option<Ipv4Addr> {
-    let words = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let named = words.filter_map(|words| match words.as_slice() {
-        ["nameserver", address, ..] => address.parse::<IpAddr>().ok(),
-        _ => None,
-    });
-    let ipv4 = named.filter_map(|address| if let IpAddr::V4(address) = address { Some(address) } else { None });
-    ipv4.into_iter().find(|address| !address.is_loopback() && !address.is_unspecified())
+/// Whether there is one that passt can forward to. See resolv.conf(5).
+fn names_resolver(text: &str) -> bool {
+    text.lines().filter_map(|line| line.strip_prefix("nameserver ")).any(|rest| {
+        let word = rest.split_whitespace().next().unwrap_or_default();
+        word.parse::<Ipv4Addr>().is_ok()
+    })
 }
 
 /// What the guest of an interface to the internet may not send to: the host, by all of its addresses.
@@ -280,11 +278,12 @@ Local:
     }
 
     #[test]
-    fn a_resolver_that_is_another_machine() {
-        let first = |text: &str| first_resolver(text).map(|address| address.to_string());
-        let text = "# x\nsearch a b\nnameserver ::1\nnameserver 127.0.0.53\nnameserver 192.0.2.53 # y\nnameserver 1.1.1.1";
-        assert_eq!(first(text).as_deref(), Some("192.0.2.53"));
-        assert_eq!(first("nameserver 127.0.0.53\n#nameserver 1.1.1.1\nnameserver\n"), None);
+    fn queries_are_forwarded_where_there_is_somebody() {
+        assert!(names_resolver("# x\nsearch a b\nnameserver ::1\nnameserver 127.0.0.53 # y\n"));
+        assert!(!names_resolver("nameserver ::1\n#nameserver 1.1.1.1\nnameserver\nnameserver\t1.1.1.1\n"));
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let forwards = |has| arguments(&ours, has).contains(&"--dns-forward".to_owned());
+        assert!(forwards(true) && !forwards(false));
     }
 
     #[test]

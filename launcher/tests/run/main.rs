@@ -382,7 +382,10 @@ fn an_app_that_asks_for_what_there_is_not_is_not_started() {
     let file = apps.join("web.toml");
     let table = [
         ("network = \"internet\"", "asks for network \"internet\", and the policy says deny (there is no policy): add"),
-        ("persist = \"web\"", "asks for persist, but home directories are not kept yet: remove the line to run web without"),
+        (
+            "persist = \"web\"",
+            "asks for persist, but home directories are not kept yet: remove the line to run web without",
+        ),
         ("shares = [{ path = \"/x\" }]", "asks for shares, but "),
         ("clipboard = \"deny\"", "asks for clipboard, but "),
         ("sound = true", "asks for sound, but "),

@@ -65,13 +65,16 @@ fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
             Some(Peer::Stream(Stream::connect(path).map_err(cannot)?))
         }
         (None, None, Some(name), _) => {
-            let cannot = |e| fail(format!("cannot use the tap {name}: {e}; make it with `ip tuntap add mode tap name {name}`"));
+            let cannot =
+                |e| fail(format!("cannot use the tap {name}: {e}; make it with `ip tuntap add mode tap name {name}`"));
             Some(Peer::Tap(Tap::open(name).map_err(cannot)?))
         }
         // The number was another process'.
         (None, None, None, Some(_)) if saved.is_some() => None,
         (None, None, None, Some(fd)) => {
-            return Err(fail(format!("fd={fd} was not handed down: it can be used with --net on the command line only")));
+            return Err(fail(format!(
+                "fd={fd} was not handed down: it can be used with --net on the command line only"
+            )));
         }
         (None, None, None, None) => None,
     };

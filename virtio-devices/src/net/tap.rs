@@ -39,7 +39,8 @@ impl Tap {
         let mut request = request();
         ioctl(&fd, libc::TUNGETIFF, &mut request).map_err(|_| io::Error::other("it is no tap"))?;
         let has = flags_of(&request);
-        if has & flags(libc::IFF_TAP) == 0 || has & flags(libc::IFF_NO_PI) == 0 || has & flags(libc::IFF_VNET_HDR) != 0 {
+        if has & flags(libc::IFF_TAP) == 0 || has & flags(libc::IFF_NO_PI) == 0 || has & flags(libc::IFF_VNET_HDR) != 0
+        {
             return Err(io::Error::other("a tap must be made with IFF_TAP and IFF_NO_PI, without IFF_VNET_HDR"));
         }
         Self::new(fd)

@@ -311,10 +311,14 @@ fn check_net(name: &str, net: &NetConfig, found: &mut Found) {
         found.value(format!("{name}.socket"), "the path is empty; give the socket of passt or the like");
     }
     if let Some(tap) = net.tap.as_deref().filter(|tap| tap.is_empty() || tap.len() >= INTERFACE_NAME_BYTES) {
-        found.value(format!("{name}.tap"), format!("\"{tap}\" is no name of an interface; give that of the host's tap"));
+        found
+            .value(format!("{name}.tap"), format!("\"{tap}\" is no name of an interface; give that of the host's tap"));
     }
     if let Some(mac) = net.mac.filter(|mac| !mac.is_unicast()) {
-        found.value(format!("{name}.mac"), format!("{mac} cannot be an interface's; the first byte is even, such as 02"));
+        found.value(
+            format!("{name}.mac"),
+            format!("{mac} cannot be an interface's; the first byte is even, such as 02"),
+        );
     }
     if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MIN_MTU) {
         found.value(format!("{name}.mtu"), format!("{mtu} is less than the {MIN_MTU} that a network has at least"));

@@ -223,7 +223,8 @@ mod tests {
 
     #[test]
     fn cloud_hypervisors_flag_and_ours() {
-        let net = NetConfig::parse("tap=vmtap0,mac=02:AA:00:00:00:01,mtu=9000,num_queues=2,queue_size=256,iommu=off").unwrap();
+        let net = NetConfig::parse("tap=vmtap0,mac=02:AA:00:00:00:01,mtu=9000,num_queues=2,queue_size=256,iommu=off")
+            .unwrap();
         assert_eq!((net.tap.as_deref(), net.mtu), (Some("vmtap0"), Some(9000)));
         assert_eq!(net.mac.unwrap().to_string(), "02:aa:00:00:00:01");
         let net = NetConfig::parse("socket=/run/passt,deny=[127.0.0.0/8,192.0.2.1],id=lan").unwrap();
@@ -249,9 +250,8 @@ mod tests {
 
     #[test]
     fn networks_contain_what_begins_alike() {
-        let contains = |network: &str, address: &str| {
-            network.parse::<Ipv4Network>().unwrap().contains(address.parse().unwrap())
-        };
+        let contains =
+            |network: &str, address: &str| network.parse::<Ipv4Network>().unwrap().contains(address.parse().unwrap());
         assert!(contains("127.0.0.0/8", "127.255.1.2") && !contains("127.0.0.0/8", "128.0.0.1"));
         assert!(contains("192.0.2.1", "192.0.2.1") && !contains("192.0.2.1", "192.0.2.0"));
         assert!(contains("1.2.3.4/0", "255.255.255.255"));
