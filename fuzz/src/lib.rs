@@ -2,8 +2,9 @@
 
 mod engine;
 
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -16,7 +17,7 @@ use virtio_devices::rng::Rng;
 use virtio_devices::testkit;
 use virtio_devices::transport::{Doorbells, PciTransport, Setup, TransportState};
 use vm_memory::GuestMemoryAtomic;
-use vmm_config::{DiskConfig, FsConfig, GpuConfig, PmemConfig, VmConfig, VsockConfig};
+use vmm_config::{DiskConfig, FsConfig, GpuConfig, NetConfig, PmemConfig, VmConfig, VsockConfig};
 use vmm_sys_util::eventfd::EventFd;
 
 // The targets' macro needs it, and they need not name it.
@@ -58,6 +59,7 @@ fn machine() -> &'static Machine {
             vsock: Some(VsockConfig { cid: 3, socket, ..VsockConfig::default() }),
             gpu: vec![GpuConfig { wayland: Some("/nowhere".into()), window: 1 << 20, ..GpuConfig::default() }],
             fs: vec![FsConfig { tag: "host".into(), ..FsConfig::default() }],
+            net: vec![NetConfig::default()],
             ..VmConfig::default()
         };
         Machine { config, output, input, _files: [disk, pmem] }
@@ -68,6 +70,16 @@ fn machine() -> &'static Machine {
 pub fn device(kind: &Kind, data: &[u8]) {
     let device = testkit::build(kind, &machine().config, Some(ends()), &engine::Nothing).expect("the device");
     testkit::hostile(device, data);
+}
+
+/// The other side of a network interface says `said` and goes away while a driver made of `data` talks to the interface.
+pub fn net(said: &[u8], data: &[u8]) {
+    let (ours, mut theirs) = UnixStream::pair().expect("a pair of sockets");
+    let _ = theirs.set_nonblocking(true);
+    let _ = theirs.write(said);
+    let device = testkit::connected(&virtio_devices::net::KIND, &machine().config, Some(ours.into()), None);
+    drop(theirs);
+    testkit::hostile(device.expect("the device"), data);
 }
 
 /// As [`device`], if one of `kind` can be made of what a snapshot says of it.

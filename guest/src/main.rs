@@ -16,8 +16,7 @@ use std::process::ExitCode;
 use console::say;
 use spectrum_guest::wayland;
 
-const USAGE: &str =
-    "usage: spectrum-guest init | agent | wayland | portal | call APP SERVICE | call --listen SOCKET APP SERVICE COMMAND... | connect SOCKET";
+const USAGE: &str = "usage: spectrum-guest init | agent | wayland | portal | call APP SERVICE | call --listen SOCKET APP SERVICE COMMAND... | connect SOCKET";
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();

@@ -3,6 +3,8 @@
 use std::{collections::BTreeMap, ffi::OsString, path::PathBuf};
 
 use clap::{Args, FromArgMatches, Parser, Subcommand};
+
+use crate::apps::Network;
 pub use vms::{GrantOptions, PlaceOptions, VmCommand};
 
 use crate::policy::Service;
@@ -278,6 +280,9 @@ pub struct RunOptions {
     /// The application has no windows
     #[arg(long)]
     pub no_wayland: bool,
+    /// What it can connect to: none, internet, or host:PORT for a port of the host [default: the app's, else none]
+    #[arg(long, value_name = "NETWORK")]
+    pub network: Option<Network>,
     /// Account in the VM that runs it
     #[arg(long, default_value = "user", value_name = "NAME")]
     pub user: String,

@@ -18,8 +18,12 @@ use crate::{
 /// Memory of one VM that nobody said anything about, in MiB.
 const VM_MEMORY: u64 = 512;
 
-/// Tools for making templates, with their Debian packages.
-const TOOLS: [(&str, &str); 2] = [("mmdebstrap", "mmdebstrap"), ("mkfs.erofs", "erofs-utils")];
+/// Tools with their Debian packages, and what they are needed for.
+const TOOLS: [(&str, &str, &str); 3] = [
+    ("mmdebstrap", "mmdebstrap", "to build templates"),
+    ("mkfs.erofs", "erofs-utils", "to build templates"),
+    ("passt", "passt", "for apps with network = \"internet\""),
+];
 
 /// How something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -69,7 +73,7 @@ struct Facts {
     /// The cgroup below which those of VMs can be, or why there is none.
     cgroup: Result<PathBuf, String>,
     /// Those of [`TOOLS`] that are there.
-    tools: [Option<PathBuf>; 2],
+    tools: [Option<PathBuf>; 3],
     /// MiB that can be had without swapping; none if the kernel does not tell.
     memory: Option<u64>,
 }
@@ -109,7 +113,7 @@ impl Facts {
             templates: find_templates(home).map_err(|e| e.to_string()),
             runtime: runtime.filter(|path| path.is_absolute() && path.is_dir()),
             cgroup: cgroup::place().map_err(|error| error.to_string()),
-            tools: TOOLS.map(|(tool, _)| find_tool(tool)),
+            tools: TOOLS.map(|(tool, ..)| find_tool(tool)),
             memory: available(&meminfo),
         }
     }
@@ -182,11 +186,11 @@ fn checks(facts: &Facts) -> Vec<Check> {
             warning("cgroup", &format!("{why}: the memory and processes of VMs have no limits"), fix)
         }
     });
-    for ((tool, package), found) in TOOLS.iter().zip(&facts.tools) {
+    for ((tool, package, why), found) in TOOLS.iter().zip(&facts.tools) {
         checks.push(match found {
             Some(path) => ok(tool, path.display()),
             None => {
-                warning(tool, "not found; it is needed to build templates", &format!("sudo apt-get install {package}"))
+                warning(tool, &format!("not found; it is needed {why}"), &format!("sudo apt-get install {package}"))
             }
         });
     }
@@ -261,7 +265,7 @@ mod tests {
             templates: Ok((vec!["default".into()], vec![])),
             runtime: Some("/run".into()),
             cgroup: Ok("/sys/fs/cgroup/app.slice".into()),
-            tools: [Some("/bin/mmdebstrap".into()), Some("/sbin/mkfs.erofs".into())],
+            tools: [Some("/bin/mmdebstrap".into()), Some("/sbin/mkfs.erofs".into()), Some("/bin/passt".into())],
             memory: Some(512),
         }
     }
@@ -303,12 +307,23 @@ mod tests {
                 "template rm",
             ),
             (Facts { runtime: None, ..good() }, "runtime folder", Status::Warning, "log in"),
-            (Facts { tools: [None, Some("/x".into())], ..good() }, "mmdebstrap", Status::Warning, "install mmdebstrap"),
             (
-                Facts { tools: [Some("/x".into()), None], ..good() },
+                Facts { tools: [None, Some("/x".into()), Some("/x".into())], ..good() },
+                "mmdebstrap",
+                Status::Warning,
+                "install mmdebstrap",
+            ),
+            (
+                Facts { tools: [Some("/x".into()), None, Some("/x".into())], ..good() },
                 "mkfs.erofs",
                 Status::Warning,
                 "install erofs-utils",
+            ),
+            (
+                Facts { tools: [Some("/x".into()), Some("/x".into()), None], ..good() },
+                "passt",
+                Status::Warning,
+                "install passt",
             ),
             (Facts { memory: Some(511), ..good() }, "memory", Status::Warning, "end other programs"),
         ];

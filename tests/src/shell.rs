@@ -10,8 +10,8 @@ const SAID: &str = "said:";
 /// What it says when it has booted.
 const READY: &str = "the shell is ready";
 
-/// Without echo, so that what is typed is not taken for an answer. Redirections of `exec` outlive their line.
-const INIT: &str = "#!/bin/busybox sh
+/// Its first process. Without echo, so that what is typed is not taken for an answer. Redirections of `exec` outlive their line.
+pub const INIT: &str = "#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox --install -s /bin
 mount -t proc proc /proc

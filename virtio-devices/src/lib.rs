@@ -12,6 +12,7 @@ pub mod device;
 pub mod fs;
 pub mod gpu;
 pub mod mapping;
+pub mod net;
 pub mod pagemap;
 pub mod pmem;
 pub mod registry;

@@ -69,8 +69,9 @@ pub struct BuildContext<'a> {
     pub window: Option<(WindowAddress, WindowMemory)>,
     /// Ends of the virtio-console, opened by the VMM (they exist before the machine does).
     pub console: Option<ConsoleEnds>,
-    /// A listening socket that was handed down for the device, instead of one that it makes.
-    pub listener: Option<OwnedFd>,
+    /// A descriptor that was handed down for the device: a socket that listens, instead of one that it makes, or what an
+    /// interface is connected to.
+    pub handed: Option<OwnedFd>,
     /// The engine behind virtio-gpu.
     pub renderer: &'a dyn crate::gpu::RendererFactory,
     /// What was granted to the device's guest before it was started anew; nothing: the device makes a table, if it has one.
@@ -170,4 +171,5 @@ pub const KINDS: &[&Kind] = &[
     &crate::vsock::KIND,
     &crate::gpu::KIND,
     &crate::fs::KIND,
+    &crate::net::KIND,
 ];

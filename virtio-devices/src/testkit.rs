@@ -10,6 +10,7 @@
     reason = "a test that cannot be set up is to fail, and says so by panicking"
 )]
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -20,7 +21,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_config::{HostFacts, VmConfig};
 
 use crate::device::{Active, Broken, Device, Interrupt, Memory, SavedState, VirtQueue, WindowAddress};
-use crate::gpu::RendererFactory;
+use crate::gpu::{NoRenderer, RendererFactory};
 use crate::registry::{BuildContext, BuildError, ConsoleEnds, Kind, WindowContext, WindowRequest};
 use crate::worker::Worker;
 
@@ -459,6 +460,33 @@ pub fn restore(
     renderer: &dyn RendererFactory,
     saved: Option<&SavedState>,
 ) -> Result<Box<dyn Device>, BuildError> {
+    build_with(kind, config, console, None, renderer, saved)
+}
+
+/// As [`restore`], for a kind that needs no renderer, with a descriptor that was handed down for the device.
+///
+/// # Errors
+/// As the kind.
+///
+/// # Panics
+/// As [`build`].
+pub fn connected(
+    kind: &Kind,
+    config: &VmConfig,
+    handed: Option<OwnedFd>,
+    saved: Option<&SavedState>,
+) -> Result<Box<dyn Device>, BuildError> {
+    build_with(kind, config, None, handed, &NoRenderer, saved)
+}
+
+fn build_with(
+    kind: &Kind,
+    config: &VmConfig,
+    console: Option<ConsoleEnds>,
+    handed: Option<OwnedFd>,
+    renderer: &dyn RendererFactory,
+    saved: Option<&SavedState>,
+) -> Result<Box<dyn Device>, BuildError> {
     let files = config.pmem.iter().filter_map(|pmem| Some((pmem.file.clone(), pmem.file.metadata().ok()?.len())));
     let facts = HostFacts { file_sizes: files.collect(), ..HostFacts::default() };
     let requests = (kind.requests)(config, &facts);
@@ -470,7 +498,7 @@ pub fn restore(
         }
         None => None,
     };
-    (kind.build)(BuildContext { config, request, window, console, listener: None, renderer, grants: None, saved })
+    (kind.build)(BuildContext { config, request, window, console, handed, renderer, grants: None, saved })
         .map(|built| built.device)
 }
 

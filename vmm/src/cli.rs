@@ -9,8 +9,9 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use thiserror::Error;
 use vmm_config::{
-    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, FsConfig, GpuConfig, LandlockRule, MemoryConfig, PayloadConfig,
-    PlatformConfig, PmemConfig, RestoreConfig, RngConfig, SerialConfig, VmConfig, VsockConfig, ZygoteConfig,
+    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, FsConfig, GpuConfig, LandlockRule, MemoryConfig, NetConfig,
+    PayloadConfig, PlatformConfig, PmemConfig, RestoreConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+    ZygoteConfig,
 };
 
 /// Flags of Cloud Hypervisor's with a meaning we do not carry out yet: refused by name instead of as unknown.
@@ -24,7 +25,6 @@ const NOT_SUPPORTED: &[&str] = &[
     "ivshmem",
     "log-format",
     "memory-zone",
-    "net",
     "no-shutdown",
     "numa",
     "pci-segment",
@@ -50,6 +50,7 @@ const MACHINE: &[&str] = &[
     "landlock",
     "landlock_rules",
     "memory",
+    "net",
     "platform",
     "pmem",
     "rng",
@@ -109,6 +110,9 @@ pub struct Cli {
     /// File systems for what the guest is granted by vm.add-grant: tag=NAME,uid=N,gid=N,id=NAME
     #[arg(long, value_name = "KEYS", num_args = 1.., value_parser = FsConfig::parse)]
     pub fs: Vec<FsConfig>,
+    /// Network interfaces: tap=NAME, socket=PATH (of passt) or fd=N, mac=ADDRESS, mtu=N, deny=[NETWORK,...], id=NAME
+    #[arg(long, value_name = "KEYS", num_args = 1.., value_parser = NetConfig::parse)]
+    pub net: Vec<NetConfig>,
     /// Go on with a machine from a snapshot: source_url=file:///DIR,memory_restore_mode=copy|ondemand|copyonwrite,resume=true
     #[arg(long, value_name = "KEYS", value_parser = RestoreConfig::parse, conflicts_with_all = ["kernel", "firmware"])]
     pub restore: Option<RestoreConfig>,
@@ -325,6 +329,7 @@ impl Cli {
             rng: self.rng.clone().unwrap_or_default(),
             gpu: self.gpu.clone(),
             fs: self.fs.clone(),
+            net: self.net.clone(),
             platform: self.platform.clone(),
             landlock_enable: self.landlock,
             landlock_rules: self.landlock_rules.clone(),
@@ -412,7 +417,8 @@ mod tests {
         assert!(mistake("--disk path=/a --api-socket /x").contains("--disk describes a machine"));
         assert!(mistake("--landlock-rules path=/a,access=r --api-socket /x").contains("--landlock-rules describes"));
         assert!(mistake("--kernal /k").contains("unknown flag --kernal (did you mean --kernel?)"));
-        assert!(mistake("--kernel /k --net tap=x").contains("--net is not supported yet; leave it out"));
+        assert!(mistake("--kernel /k --tpm socket=/x").contains("--tpm is not supported yet; leave it out"));
+        assert!(mistake("--kernel /k --net tap=x,ip=192.0.2.1").contains("--net: ip is not supported yet"));
         assert!(mistake("--kernel /k --disk pth=/a").contains("did you mean \"path\"?"));
         assert!(mistake("--kernel /k --kernel /j").contains("cannot be used multiple times"));
         assert!(mistake("--kernel /k --seccomp maybe").contains("true, false, log"));

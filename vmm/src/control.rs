@@ -88,8 +88,8 @@ struct Created {
     config: VmConfig,
     serial: Option<Stream>,
     console: Option<Stream>,
-    /// Listening sockets that were handed down, by the identifier of their device.
-    listeners: BTreeMap<String, OwnedFd>,
+    /// Descriptors that were handed down, by the identifier of their device.
+    handed: BTreeMap<String, OwnedFd>,
     /// What was granted through each device, by its identifier: it stays when the machine is started anew.
     grants: BTreeMap<String, Grants>,
     machine: Option<Machine>,
@@ -203,7 +203,15 @@ impl Vmm {
     ///
     /// # Errors
     /// If the definition makes no sense, or a stream cannot be opened.
-    pub fn create(&mut self, mut config: VmConfig) -> Result<(), VmmError> {
+    pub fn create(&mut self, config: VmConfig) -> Result<(), VmmError> {
+        self.create_with(config, BTreeMap::new())
+    }
+
+    /// As [`Vmm::create`]; `handed` are descriptors for the machine's devices, by their identifiers.
+    ///
+    /// # Errors
+    /// As [`Vmm::create`].
+    pub fn create_with(&mut self, mut config: VmConfig, handed: BTreeMap<String, OwnedFd>) -> Result<(), VmmError> {
         let facts = host_facts(&config, self.hypervisor.capabilities().max_vcpus);
         // What is to be booted may be missing until then.
         let problems = config.check(&facts).into_iter().filter(|p| p.kind != ProblemKind::NoPayload);
@@ -227,8 +235,8 @@ impl Vmm {
         if let Some(path) = console.as_ref().and_then(Stream::path) {
             config.console.file = Some(path.clone());
         }
-        let (listeners, grants) = (BTreeMap::new(), BTreeMap::new());
-        self.created = Some(Created { config, serial, console, listeners, grants, machine: None, paused: false });
+        let grants = BTreeMap::new();
+        self.created = Some(Created { config, serial, console, handed, grants, machine: None, paused: false });
         Ok(())
     }
 
@@ -291,7 +299,7 @@ impl Vmm {
             hypervisor: self.hypervisor.as_ref(),
             serial: created.serial.as_ref(),
             console: created.console.as_ref(),
-            listeners: &created.listeners,
+            handed: &created.handed,
             grants: &created.grants,
             renderer: self.renderer.as_ref(),
             confinement: self.confinement.as_ref(),

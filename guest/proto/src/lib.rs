@@ -47,6 +47,7 @@ mod frame;
 mod identity;
 mod link;
 mod message;
+pub mod network;
 pub mod portal;
 
 pub use frame::{Decoder, MAX_FRAME, MAX_PAYLOAD, Message, ProtoError};
@@ -62,6 +63,8 @@ pub const READY_PORT: u32 = 5001;
 
 /// The vsock port of the host that processes in the guest connect to in order to call another app.
 pub const CALL_PORT: u32 = 5003;
+/// The vsock port of the host to which the connections go that [`Request::Forward`] is about.
+pub const FORWARD_PORT: u32 = 5002;
 
 /// Version of this protocol; both sides must have the same.
 pub const VERSION: u32 = 3;

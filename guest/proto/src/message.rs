@@ -27,6 +27,11 @@ pub enum Request {
     },
     /// Starts a process; this connection then carries its streams.
     Run(Run),
+    /// Lets connections to this TCP port of the VM's loopback go on to [`crate::FORWARD_PORT`] of the host.
+    Forward {
+        /// The port.
+        port: u16,
+    },
     /// Stops every process and powers the VM off.
     PowerOff,
     /// Stops every process and resets the VM.
@@ -266,8 +271,10 @@ mod tests {
         let home = Request::Home { user: "user".into(), source: "/host/.home".into() };
         let nameless = Identity { hostname: None, ..identity.clone() };
         let wake = [identity, nameless].map(Request::Wake);
-        for request in
-            [Request::Ping, home, Request::Run(run), Request::PowerOff, Request::Reboot].into_iter().chain(wake)
+        let forward = Request::Forward { port: 8080 };
+        for request in [Request::Ping, home, Request::Run(run), forward, Request::PowerOff, Request::Reboot]
+            .into_iter()
+            .chain(wake)
         {
             round_trip(&ToAgent::Request(request));
         }

@@ -2,6 +2,7 @@
 
 pub mod accounts;
 mod announce;
+mod forward;
 mod gate;
 mod home;
 pub mod process;

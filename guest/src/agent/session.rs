@@ -15,7 +15,8 @@ use std::{
 };
 
 use guest_proto::{
-    CHUNK, ExitStatus, FromAgent, Identity, LinkError, ProtoError, Reply, Request, Run, STDIN_WINDOW, ToAgent, VERSION,
+    CHUNK, ExitStatus, FORWARD_PORT, FromAgent, Identity, LinkError, ProtoError, Reply, Request, Run, STDIN_WINDOW,
+    ToAgent, VERSION,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -23,8 +24,8 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open},
 };
 
-use super::{AgentLink, gate::Gate, home, process, terminal, wake::WakeError};
-use crate::init::Ending;
+use super::{AgentLink, forward, gate::Gate, home, process, terminal, wake::WakeError};
+use crate::{init::Ending, sys};
 
 /// Seconds the launcher has for its request, and for taking the last frame.
 const PATIENCE: u32 = 10;
@@ -76,6 +77,7 @@ pub fn serve(
         Request::Wake(identity) => (gate.wake(|| wake(&identity)).map_or_else(|error| failed(&error), |()| DONE), None),
         Request::PowerOff => (DONE, Some(Ending::PowerOff)),
         Request::Reboot => (DONE, Some(Ending::Reboot)),
+        Request::Forward { port } => (start_forward(port), None),
         Request::Run(_) | Request::Home { .. } if !gate.is_awake() => (failed(&ASLEEP), None),
         Request::Home { user, source } => {
             (home::keep(&user, source.as_ref()).map_or_else(|error| failed(&error), |()| DONE), None)
@@ -98,6 +100,11 @@ pub fn serve(
 
 /// Why nothing runs in a VM that does not know that it is not its twin.
 const ASLEEP: &str = "the VM has not been woken since it was booted or restored: send it an identity first";
+
+fn start_forward(port: u16) -> FromAgent {
+    forward::start(port, || sys::vsock_connect(sys::CID_HOST, FORWARD_PORT))
+        .map_or_else(|error| failed(&format!("cannot listen on port {port} in the VM: {error}")), |()| DONE)
+}
 
 const DONE: FromAgent = FromAgent::Reply(Reply::Done);
 

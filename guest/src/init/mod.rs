@@ -7,6 +7,7 @@
 mod cmdline;
 mod grants;
 mod modules;
+mod network;
 mod power;
 mod root;
 mod supervise;

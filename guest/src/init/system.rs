@@ -6,17 +6,18 @@ use std::{
     os::unix::fs::{DirBuilderExt, chown},
 };
 
-use super::cmdline::Parameters;
+use super::{cmdline::Parameters, network};
 use crate::{agent::accounts, console::say, sys};
 
 /// The account applications run as.
 pub const USER: &str = "user";
 
-/// Host name, loopback, machine id, and the user's runtime folder.
+/// Host name, network, machine id, and the user's runtime folder.
 pub fn configure(parameters: &Parameters) {
     let hostname = parameters.hostname.as_deref().unwrap_or("app");
     report("the host name", rustix::system::sethostname(hostname.as_bytes()));
     report("the loopback interface", sys::loopback_up());
+    report("the network interface", network::configure());
     // Ctrl-Alt-Del becomes SIGINT for PID 1 instead of an immediate reset.
     report("Ctrl-Alt-Del", rustix::system::reboot(rustix::system::RebootCommand::CadOff));
     report("/etc/machine-id", machine_id());

@@ -10,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use file::Network;
 use file::{App, Share};
 use serde::Serialize;
 
@@ -151,6 +152,11 @@ fn start_with(name: &str, path: PathBuf, app: App, options: &mut RunOptions) -> 
     options.template = options.template.take().or(app.template.map(String::from));
     options.memory = options.memory.take().or(app.memory.map(String::from));
     options.cpus = options.cpus.or(app.cpus.map(u8::from));
+    if options.network.is_some() {
+        // What the command line says is its user's own wish.
+        options.asks.retain(|(key, ..)| *key != "network");
+    }
+    options.network = options.network.or(Some(app.network));
     options.no_wayland |= !app.wayland && options.wayland.is_none();
     options.app = Some(name.into());
     options.services = app.services.into_iter().map(|(name, command)| (name.into(), command.into())).collect();

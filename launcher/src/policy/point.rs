@@ -129,13 +129,7 @@ impl DecisionPoint {
         Ok(std::mem::take(&mut state.unseen))
     }
 
-    fn by(
-        &self,
-        policy: &Policy,
-        service: Service,
-        target: &str,
-        answer: impl FnOnce() -> (bool, String),
-    ) -> Verdict {
+    fn by(&self, policy: &Policy, service: Service, target: &str, answer: impl FnOnce() -> (bool, String)) -> Verdict {
         let decision = policy.decide(service, &self.app, target);
         match decision.action {
             Action::Allow => Verdict { allowed: true, because: decision.because },

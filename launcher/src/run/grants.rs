@@ -175,15 +175,9 @@ pub fn place_of(name: &str) -> String {
 }
 
 /// Lets the guest of the VM in `folder` have what is open, which may be a mere reference (O_PATH).
-pub fn give_open(
-    api: &mut Client,
-    folder: &Path,
-    file: BorrowedFd<'_>,
-    record: &Record,
-) -> Result<(), GrantError> {
+pub fn give_open(api: &mut Client, folder: &Path, file: BorrowedFd<'_>, record: &Record) -> Result<(), GrantError> {
     let written = record.write_to(folder)?;
-    let config =
-        GrantConfig { id: DEVICE.into(), name: record.name.clone(), path: None, writable: record.writable };
+    let config = GrantConfig { id: DEVICE.into(), name: record.name.clone(), path: None, writable: record.writable };
     if let Err(error) = api.send_with_fds(&Request::VmAddGrant(config), &[file]) {
         fs::remove_file(written)?;
         return Err(error.into());

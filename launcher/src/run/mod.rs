@@ -4,14 +4,15 @@
 //! application's streams. Nothing is left behind: the VMM is a child that is ended and waited for, its sockets are in a
 //! private folder that goes away.
 
+mod calls;
 pub mod cgroup;
 mod escapes;
-mod calls;
 pub mod folder;
 mod foreign;
 pub mod grants;
 mod identity;
 mod journal;
+pub mod network;
 pub mod options;
 mod persist;
 pub mod process;
@@ -26,7 +27,7 @@ mod warm;
 
 use std::{path::Path, process::ExitCode, sync::Arc};
 
-use guest_proto::{CALL_PORT, ExitStatus, IdentityError, LinkError, Request, Run};
+use guest_proto::{CALL_PORT, ExitStatus, FORWARD_PORT, IdentityError, LinkError, Request, Run};
 use options::Settings;
 use persist::Kept;
 use relay::Relay;
@@ -35,6 +36,7 @@ use vm::Vm;
 use warm::Warm;
 
 use crate::{
+    apps::Network,
     cli::{RunOptions, WarmOptions},
     doctor,
     home::Home,
@@ -61,6 +63,8 @@ pub enum RunError {
     Grant(#[from] grants::GrantError),
     #[error(transparent)]
     Persist(#[from] persist::PersistError),
+    #[error(transparent)]
+    Network(#[from] network::NetworkError),
     #[error(transparent)]
     Warm(#[from] warm::WarmError),
     #[error("{app} is not started: it asks for {key} ({target}), which the policy denies: {because}")]
@@ -216,6 +220,13 @@ fn in_vm(
     calls::serve(vm.listen(CALL_PORT)?, point.clone()).map_err(io_error("serve the VM's calls"))?;
     let _ = Portals::start(point.clone(), vm.portal_places())
         .inspect_err(|error| log::warn!("no portals for the VM: {error}"));
+    if let Network::Host(port) = settings.network {
+        network::relay_port(&vm.path_of(FORWARD_PORT), port).map_err(io_error("listen for the VM"))?;
+        network::forward(vm.connect()?, port)?;
+    }
+    if let Some(why) = vm.network_lost() {
+        tell(&format!("there is no network, since passt ended: {why}"));
+    }
     vm.is_ready()?;
     let request = Request::Run(Run {
         argv: options.command.clone(),

@@ -14,6 +14,7 @@ use super::{
     state::About,
 };
 use crate::{
+    apps::Network,
     cli::{RunOptions, WarmOptions},
     home::{Home, is_name},
     template::{self, Template, TemplateError},
@@ -79,6 +80,8 @@ pub struct Settings {
     pub hostname: String,
     /// Environment of the application, beside what the agent sets.
     pub environment: BTreeMap<String, String>,
+    /// What it can connect to.
+    pub network: Network,
     /// Further arguments of the VMM.
     pub vmm_arguments: Vec<OsString>,
     /// Show the VMM's and the guest's messages.
@@ -119,6 +122,7 @@ impl Settings {
             cpus: options.cpus.unwrap_or(DEFAULT_CPUS),
             hostname,
             environment: environment(&options.env)?,
+            network: options.network.unwrap_or(Network::None),
             vmm_arguments: options.vmm_arg.clone(),
             debug: options.debug,
             boot_timeout: Duration::from_secs(options.boot_timeout),
@@ -152,6 +156,7 @@ impl Settings {
             cpus: options.cpus,
             hostname: "template".into(),
             environment: BTreeMap::new(),
+            network: Network::None,
             vmm_arguments: Vec::new(),
             debug: false,
             boot_timeout: Duration::from_secs(options.boot_timeout),

@@ -33,6 +33,7 @@ use super::{
     folder::{API, CONSOLE, MESSAGES, RunFolder, VSOCK},
     foreign, io_error,
     journal::Journal,
+    network::{self, Passt},
     options::Settings,
     process::{ProcessId, Running},
     relay::Waits,
@@ -40,8 +41,11 @@ use super::{
     state::Origin,
     tail::{Tail, printable},
 };
-use crate::portal;
-use crate::template::{INITRAMFS, ROOT, VMLINUZ};
+use crate::{
+    apps::Network,
+    portal,
+    template::{INITRAMFS, ROOT, VMLINUZ},
+};
 
 /// The launcher's end of a connection to the agent.
 pub type AgentLink = Link<FromAgent, ToAgent>;
@@ -107,6 +111,8 @@ pub struct Vm {
     messages: Option<Tail>,
     console: Tail,
     boot_timeout: Duration,
+    /// What its interface is connected to.
+    passt: Option<Passt>,
 }
 
 impl Vm {
@@ -125,17 +131,27 @@ impl Vm {
         let messages = Some(Tail::new(read, settings.debug).kept_in(journal(MESSAGES)?));
         let console = Tail::new(console.into(), settings.debug).kept_in(journal(CONSOLE)?);
         let fail = |source| VmError::Start { vmm: settings.vmm.display().to_string(), source };
+        let (passt, socket) = (settings.network == Network::Internet).then(Passt::start).transpose()?.unzip();
         let mut command = Command::new(&settings.vmm);
         command.args(arguments(settings, &folder)).stdin(Stdio::null()).stdout(write).stderr(errors);
-        let child = command.spawn().map_err(fail)?;
-        // The write ends must be the child's alone, or its end would not be seen.
-        drop(command);
+        // The write ends must be the child's alone, or its end would not be seen; so must the socket, or passt would not end.
+        let child = match socket {
+            Some(socket) => {
+                command.arg("--net").arg(network::interface(&socket, &network::denied()?));
+                network::spawn_with(command, socket).map_err(fail)?
+            }
+            None => {
+                let child = command.spawn().map_err(fail)?;
+                drop(command);
+                child
+            }
+        };
         let (pid, boot_timeout) = (child.id(), settings.boot_timeout);
         let (process, running) = (Process::Child(child), watch(pid)?);
         let written = folder.update(|state| state.vmm = ProcessId::of(pid));
         let group = limit(&mut folder, settings, pid);
         // From here on it is ended whatever happens.
-        let vm = Self { process, running, group, folder, ready, agent: None, messages, console, boot_timeout };
+        let vm = Self { process, running, group, folder, ready, agent: None, messages, console, boot_timeout, passt };
         written?;
         Ok(vm)
     }
@@ -152,17 +168,22 @@ impl Vm {
         ioctl_fionbio(&console, true).map_err(io_error("read the VM's console"))?;
         let journal = Journal::new(folder.path(CONSOLE)).map_err(io_error("keep the VM's messages"))?;
         let console = Tail::new(console, settings.debug).kept_in(journal);
+        let (passt, socket) = (settings.network == Network::Internet).then(Passt::start).transpose()?.unzip();
+        let interface = socket.iter().map(|_| network::DEVICE);
         let config = CloneConfig {
-            fds: ["api", "console", VSOCK_DEVICE].map(String::from).into(),
+            fds: ["api", "console", VSOCK_DEVICE].into_iter().chain(interface).map(String::from).collect(),
+            net_deny: socket.iter().map(|_| network::denied()).next().transpose()?,
             vsock_socket: Some(folder.path(VSOCK)),
             wayland: settings.wayland.clone(),
             ..CloneConfig::default()
         };
-        let info = zygote.clone_vm(config, &[api.as_fd(), write.as_fd(), vsock.as_fd()]).map_err(VmError::Clone)?;
+        let fds: Vec<_> =
+            [api.as_fd(), write.as_fd(), vsock.as_fd()].into_iter().chain(socket.iter().map(AsFd::as_fd)).collect();
+        let info = zygote.clone_vm(config, &fds).map_err(VmError::Clone)?;
         let pid = u32::try_from(info.pid).unwrap_or_default();
         let (process, running) = (Process::Clone { pid, log }, watch(pid)?);
         // From here on it alone listens. Were it gone already, the number could be another process' by now.
-        drop((api, vsock));
+        drop((api, vsock, socket));
         let mut own = Client::connect(&folder.path(API)).map_err(VmError::Clone)?;
         own.set_timeout(Some(PATIENCE)).map_err(VmError::Clone)?;
         if own.ping().map_err(VmError::Clone)?.pid != info.pid {
@@ -171,7 +192,8 @@ impl Vm {
         let written = folder.update(|state| state.vmm = ProcessId::of(pid));
         let (boot_timeout, group) = (settings.boot_timeout, limit(&mut folder, settings, pid));
         // From here on it is ended whatever happens.
-        let vm = Self { process, running, group, folder, ready, agent: None, messages: None, console, boot_timeout };
+        let vm =
+            Self { process, running, group, folder, ready, agent: None, messages: None, console, boot_timeout, passt };
         written?;
         Ok(vm)
     }
@@ -235,6 +257,16 @@ impl Vm {
     /// Says that the application can run, and other commands in the VM.
     pub fn is_ready(&mut self) -> Result<(), RunError> {
         Ok(self.folder.update(|state| state.ready = true)?)
+    }
+
+    /// Where the VMM looks for somebody when a process of the VM connects to a port of the host.
+    pub fn path_of(&self, port: u32) -> PathBuf {
+        self.folder.path(&format!("{VSOCK}_{port}"))
+    }
+
+    /// Why it has no network, if it was to have one.
+    pub fn network_lost(&mut self) -> Option<String> {
+        self.passt.as_mut().and_then(Passt::reason_for_end)
     }
 
     /// Why the VM is gone, if its VMM has ended or does so at once.

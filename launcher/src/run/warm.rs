@@ -28,8 +28,9 @@ use sha2::{Digest, Sha256};
 use vmm_api::{Client, ClientError, Request};
 use vmm_config::SnapshotConfig;
 
-use super::{RunError, folder, io_error, options::Settings, signals::Signals, vm::Vm};
+use super::{RunError, folder, io_error, network::UNCONNECTED, options::Settings, signals::Signals, vm::Vm};
 use crate::{
+    apps::Network,
     home::{Home, HomeError},
     template::{self, Template},
 };
@@ -69,7 +70,8 @@ impl Warm {
     pub fn of(home: &Home, settings: &Settings) -> Result<Self, RunError> {
         let what = fingerprint(&settings.template, &settings.vmm)?;
         // What is in every VM is part of it too, or a launcher of another version would find what it cannot use.
-        let shape = format!("fs {} {} {}", settings.memory, settings.cpus, settings.wayland.is_some());
+        let interface = settings.network == Network::Internet;
+        let shape = format!("fs {} {} {} {interface}", settings.memory, settings.cpus, settings.wayland.is_some());
         let name = format!("{what}-{}", short_hash(shape.as_bytes()));
         let place = zygote_folder(home, &name);
         let base = folder::base();
@@ -141,7 +143,12 @@ impl Warm {
     /// Boots a VM until its agent has announced itself, and saves it.
     fn save(&self, settings: &Settings, signals: &Signals) -> Result<(), RunError> {
         // It is everybody's: nothing of the application that happens to be the first.
-        let settings = &Settings { hostname: "template".into(), environment: BTreeMap::new(), ..settings.clone() };
+        let mut settings = Settings { hostname: "template".into(), environment: BTreeMap::new(), ..settings.clone() };
+        if std::mem::replace(&mut settings.network, Network::None) == Network::Internet {
+            // Its link is down; each clone's is connected.
+            settings.vmm_arguments.extend(["--net", UNCONNECTED].map(Into::into));
+        }
+        let settings = &settings;
         let mut vm = Vm::boot(settings)?;
         vm.wait_for_agent(signals)?;
         let mut api = vm.api().map_err(WarmError::Save)?;

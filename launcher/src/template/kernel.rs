@@ -20,6 +20,7 @@ const MODULES: &[&str] = &[
     "vmw_vsock_virtio_transport",
     "virtio-rng",
     "virtio_blk",
+    "virtio_net",
     "button",
     "evdev",
     "virtio-gpu",

@@ -383,7 +383,6 @@ fn an_app_that_asks_for_what_there_is_not_is_not_started() {
     fs::create_dir_all(&apps).unwrap();
     let file = apps.join("web.toml");
     let table = [
-        ("network = \"internet\"", "asks for network, but VMs have no network yet: remove the line to run web without"),
         ("shares = [{ path = \"/no/such\" }]", " shares /no/such, which cannot be used ("),
         ("clipboard = \"deny\"", "asks for clipboard, but "),
         ("sound = true", "asks for sound, but "),

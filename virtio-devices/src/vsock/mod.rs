@@ -47,7 +47,7 @@ fn build(ctx: BuildContext<'_>) -> Result<Built, BuildError> {
         saved.read::<()>(KIND.name, STATE_VERSION).map_err(|e| fail(e.to_string()))?;
     }
     let device =
-        Vsock::new(config.cid, &config.socket, ctx.listener, ctx.saved.is_some()).map_err(|e| fail(e.to_string()))?;
+        Vsock::new(config.cid, &config.socket, ctx.handed, ctx.saved.is_some()).map_err(|e| fail(e.to_string()))?;
     Ok(Built::new(device))
 }
 

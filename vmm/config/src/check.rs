@@ -5,8 +5,8 @@ use std::fmt::Display;
 use std::path::Path;
 
 use crate::{
-    ConsoleConfig, ConsoleMode, DiskConfig, FIRST_GUEST_CID, FsConfig, GpuConfig, HostFacts, ImageType, PmemConfig,
-    Problem, ProblemKind, Unsupported, VmConfig,
+    ConsoleConfig, ConsoleMode, DiskConfig, FIRST_GUEST_CID, FsConfig, GpuConfig, HostFacts, ImageType, NetConfig,
+    PmemConfig, Problem, ProblemKind, Unsupported, VmConfig,
 };
 
 /// A serial number is at most this long (virtio 1.3, 5.2.6: `VIRTIO_BLK_ID_BYTES`).
@@ -15,6 +15,10 @@ const DISK_SERIAL_BYTES: usize = 20;
 const FS_TAG_BYTES: usize = 36;
 /// The largest virtqueue (virtio 1.3, 2.7).
 const MAX_QUEUE_SIZE: u16 = 32768;
+/// The smallest MTU (virtio 1.3, 5.1.4.1).
+const MIN_MTU: u16 = 68;
+/// A name of an interface is shorter than this (netdevice(7): `IFNAMSIZ`).
+const INTERFACE_NAME_BYTES: usize = 16;
 /// The smallest useful graphics window: one 4K frame fits.
 const MIN_GPU_WINDOW: u64 = 64 << 20;
 
@@ -31,6 +35,9 @@ impl VmConfig {
         }
         for (index, pmem) in self.pmem.iter().enumerate() {
             check_pmem(&format!("pmem[{index}]"), pmem, &mut found);
+        }
+        for (index, net) in self.net.iter().enumerate() {
+            check_net(&format!("net[{index}]"), net, &mut found);
         }
         self.check_consoles(&mut found);
         self.check_vsock(&mut found);
@@ -213,8 +220,9 @@ impl VmConfig {
         let gpu = self.gpu.iter().enumerate().flat_map(|(i, gpu)| {
             [(format!("gpu[{i}].wayland"), gpu.wayland.as_ref()), (format!("gpu[{i}].socket"), gpu.socket.as_ref())]
         });
+        let net = self.net.iter().enumerate().map(|(i, net)| (format!("net[{i}].socket"), net.socket.as_ref()));
         let mut seen: BTreeMap<&Path, String> = BTreeMap::new();
-        for (field, path) in vsock.chain(gpu) {
+        for (field, path) in vsock.chain(gpu).chain(net) {
             let Some(path) = path.filter(|path| !is_empty(path)) else { continue };
             match seen.get(path.as_path()) {
                 Some(other) => found.conflict(
@@ -235,8 +243,9 @@ impl VmConfig {
         let vsock = self.vsock.iter().map(|vsock| ("vsock.id".to_owned(), &vsock.id));
         let gpu = self.gpu.iter().enumerate().map(|(i, gpu)| (format!("gpu[{i}].id"), &gpu.id));
         let fs = self.fs.iter().enumerate().map(|(i, fs)| (format!("fs[{i}].id"), &fs.id));
+        let net = self.net.iter().enumerate().map(|(i, net)| (format!("net[{i}].id"), &net.id));
         let mut seen: BTreeMap<&str, String> = BTreeMap::new();
-        for (field, id) in disks.chain(pmem).chain(vsock).chain(gpu).chain(fs) {
+        for (field, id) in disks.chain(pmem).chain(vsock).chain(gpu).chain(fs).chain(net) {
             let Some(id) = id.as_deref() else { continue };
             if id.is_empty() || id.starts_with('_') {
                 found.value(
@@ -291,6 +300,30 @@ fn check_pmem(name: &str, pmem: &PmemConfig, found: &mut Found) {
         found.value(format!("{name}.size"), "the size is 0; leave it out to take the size of the file");
     }
     found.unsupported(name, &pmem.unsupported);
+}
+
+fn check_net(name: &str, net: &NetConfig, found: &mut Found) {
+    let ways = [net.tap.is_some(), net.socket.is_some(), net.fd.is_some()];
+    if ways.iter().filter(|way| **way).count() > 1 {
+        found.conflict(name, "an interface has one back-end; keep one of tap, socket and fd");
+    }
+    if net.socket.as_deref().is_some_and(is_empty) {
+        found.value(format!("{name}.socket"), "the path is empty; give the socket of passt or the like");
+    }
+    if let Some(tap) = net.tap.as_deref().filter(|tap| tap.is_empty() || tap.len() >= INTERFACE_NAME_BYTES) {
+        found
+            .value(format!("{name}.tap"), format!("\"{tap}\" is no name of an interface; give that of the host's tap"));
+    }
+    if let Some(mac) = net.mac.filter(|mac| !mac.is_unicast()) {
+        found.value(
+            format!("{name}.mac"),
+            format!("{mac} cannot be an interface's; the first byte is even, such as 02"),
+        );
+    }
+    if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MIN_MTU) {
+        found.value(format!("{name}.mtu"), format!("{mtu} is less than the {MIN_MTU} that a network has at least"));
+    }
+    found.unsupported(name, &net.unsupported);
 }
 
 fn check_gpu(name: &str, gpu: &GpuConfig, found: &mut Found) {

@@ -21,6 +21,7 @@ mod json;
 pub mod keyvalue;
 mod landlock;
 mod memory;
+mod net;
 mod payload;
 mod platform;
 mod pmem;
@@ -44,6 +45,7 @@ pub use json::JsonError;
 pub use keyvalue::{ParseError, parse_size};
 pub use landlock::{LandlockAccess, LandlockRule};
 pub use memory::{DEFAULT_MEMORY_SIZE, MemoryConfig};
+pub use net::{Ipv4Network, MacAddr, NetConfig};
 pub use payload::PayloadConfig;
 pub use platform::PlatformConfig;
 pub use pmem::PmemConfig;
@@ -74,6 +76,9 @@ pub struct VmConfig {
     /// Persistent-memory devices, in the order in which the guest sees them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub pmem: Vec<PmemConfig>,
+    /// Network interfaces, in the order in which the guest sees them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<NetConfig>,
     /// The serial port (16550, or PL011 on Arm): off unless asked for.
     pub serial: SerialConfig,
     /// The virtio console: the terminal unless told otherwise.
@@ -111,7 +116,6 @@ impl Section for VmConfig {
         "generic_vhost_user",
         "iommu",
         "ivshmem",
-        "net",
         "numa",
         "pci_segments",
         "pvmemcontrol",

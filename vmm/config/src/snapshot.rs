@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::json::{self, JsonError};
 use crate::keyvalue::{ParseError, Syntax};
+use crate::net::Ipv4Network;
 
 /// The directory a `file://` URL names; nothing if it is no such URL.
 fn directory(url: &str) -> Option<&Path> {
@@ -157,12 +158,15 @@ impl ZygoteConfig {
 pub struct CloneConfig {
     /// What the descriptors are that come along with the request, in their order: `api`, a listening socket for the
     /// clone's API; `serial` and `console`, where text goes and input comes from; or the identifier of a device (such as
-    /// `_vsock0`), a listening socket for it.
+    /// `_vsock0`), a listening socket for it. What an interface (`_net0`) gets is connected, a socket or a tap; the link of one
+    /// that gets nothing is down, whatever the template's was connected to.
     pub fds: Vec<String>,
     /// Begins the paths of the sockets that the guest's connections go to, instead of the template's.
     pub vsock_socket: Option<PathBuf>,
     /// The compositor's socket, instead of the template's.
     pub wayland: Option<PathBuf>,
+    /// Where the guest's packets may not go, instead of the template's `deny`: for each interface.
+    pub net_deny: Option<Vec<Ipv4Network>>,
     /// Leave the clone paused, for its API to resume.
     pub paused: bool,
     /// Let the clone have copies of its own of memory and images. It is made for the occasion and takes as long as

@@ -67,6 +67,12 @@ fn spectrums_json_is_understood_to_the_last_field() {
         vsock: Some(VsockConfig { cid: 3, socket: "/run/vsock/x/vsock".into(), ..Default::default() }),
         gpu: vec![GpuConfig { socket: Some("/run/x/crosvm.sock".into()), ..Default::default() }],
         fs: vec![FsConfig { tag: "host".into(), socket: Some("/run/x/virtiofsd.sock".into()), ..Default::default() }],
+        net: vec![NetConfig {
+            id: Some("sys.netvm".into()),
+            mac: Some("02:00:aa:bb:cc:dd".parse().unwrap()),
+            unsupported: config.net[0].unsupported.clone(),
+            ..Default::default()
+        }],
         landlock_enable: true,
         landlock_rules: vec![rule("/sys/devices"), rule("/dev/vfio")],
         unsupported: config.unsupported.clone(),
@@ -74,7 +80,8 @@ fn spectrums_json_is_understood_to_the_last_field() {
     };
     assert_eq!(config, expected);
     let fields: Vec<_> = config.check(&HOST).into_iter().map(|problem| (problem.kind, problem.field)).collect();
-    let expected = ["gpu[0].socket", "fs[0].socket", "net"].map(|field| (ProblemKind::NotSupported, field.to_owned()));
+    let expected = ["net[0].vhost_socket", "net[0].vhost_user", "gpu[0].socket", "fs[0].socket"];
+    let expected = expected.map(|field| (ProblemKind::NotSupported, field.to_owned()));
     assert_eq!(fields, expected);
 }
 

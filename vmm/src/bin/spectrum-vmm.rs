@@ -53,6 +53,8 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
     // First of all: what is opened here must not be taken for what the parent handed down.
     let (api, events) = (take(cli.api_socket.as_ref())?, take(cli.event_monitor.as_ref())?);
+    let named = cli.net.iter().enumerate().filter_map(|(index, net)| Some((net.name(index), net.fd?)));
+    let handed = named.map(|(name, fd)| Ok((name, inherited::take(fd)?))).collect::<Result<_, InheritedError>>()?;
     let log = start_logging(cli)?;
     raise_descriptor_limit();
     vmm::survive_file_size_limit()?;
@@ -86,7 +88,7 @@ fn run(cli: &Cli) -> Result<Outcome, Box<dyn Error>> {
         vmm.serve(server);
     }
     if let Some(config) = cli.config() {
-        vmm.create(config)?;
+        vmm.create_with(config, handed)?;
         vmm.boot()?;
     }
     if let Some(from) = cli.restored() {

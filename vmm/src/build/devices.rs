@@ -102,13 +102,13 @@ pub fn build(
         let saved = saved_device(from, number);
         let address = planned.window.map(|w| WindowAddress { guest: GuestAddress(w.start), len: w.len });
         let console = from.console.map(|s| s.ends()).transpose();
-        let listener = from.listeners.get(&planned.id).map(OwnedFd::try_clone).transpose();
+        let handed = from.handed.get(&planned.id).map(OwnedFd::try_clone).transpose();
         let Built { device, grants } = (kind.build)(BuildContext {
             config: from.config,
             request: &request_of(planned),
             window: address.zip(windows.remove(&number)),
             console: console.map_err(|source| BuildError::Host { what: "open the console", source })?,
-            listener: listener.map_err(|source| BuildError::Host { what: "take over a device's socket", source })?,
+            handed: handed.map_err(|source| BuildError::Host { what: "take over a device's socket", source })?,
             renderer: from.renderer,
             grants: from.grants.get(&planned.id).cloned(),
             saved: saved.map(|saved| &saved.device),

@@ -118,7 +118,7 @@ pub struct Ingredients<'a> {
     /// The console's stream.
     pub console: Option<&'a Stream>,
     /// Listening sockets that were handed down, by the identifier of their device.
-    pub listeners: &'a BTreeMap<String, OwnedFd>,
+    pub handed: &'a BTreeMap<String, OwnedFd>,
     /// What was granted through each device, by its identifier, when the machine was started before.
     pub grants: &'a BTreeMap<String, Grants>,
     /// The engine of virtio-gpu.

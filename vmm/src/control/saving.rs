@@ -101,9 +101,9 @@ impl Vmm {
         if !share {
             config.own_copies();
         }
-        let (listeners, grants) = (BTreeMap::new(), BTreeMap::new());
+        let (handed, grants) = (BTreeMap::new(), BTreeMap::new());
         self.created =
-            Some(Created { config, serial: None, console: None, listeners, grants, machine: None, paused: false });
+            Some(Created { config, serial: None, console: None, handed, grants, machine: None, paused: false });
         self.generation += 1;
         self.chassis(&template.state.plan, Some(template.saved(share)))
     }
@@ -128,12 +128,19 @@ impl Vmm {
         for gpu in config.gpu.iter_mut().filter(|_| clone.wayland.is_some()) {
             gpu.wayland.clone_from(&clone.wayland);
         }
+        // A twin is never on its twin's network, where both would have one address.
+        for net in &mut config.net {
+            (net.tap, net.socket, net.fd) = (None, None, None);
+            if let Some(deny) = &clone.net_deny {
+                net.deny.clone_from(deny);
+            }
+        }
         let mut stream = |name: &str, config: &ConsoleConfig| match handed.remove(name) {
             Some(fd) => Stream::inherited(fd).map(Some),
             None => Stream::open(config),
         };
         (created.serial, created.console) = (stream("serial", &config.serial)?, stream("console", &config.console)?);
-        created.listeners = handed;
+        created.handed = handed;
         self.confine()?;
         self.complete(chassis, &template.state.plan, Some(template.saved(!clone.no_share)))?;
         if clone.paused { Ok(()) } else { self.resume() }

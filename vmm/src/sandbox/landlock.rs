@@ -162,6 +162,10 @@ fn rules(config: &VmConfig, own_sockets: &[PathBuf]) -> Vec<Rule> {
         }
     }
     config.vsock.iter().for_each(|vsock| add("vsock.socket", parent(&vsock.socket), Need::Sockets));
+    config.net.iter().filter_map(|net| net.socket.as_ref()).for_each(|path| add("net.socket", path, Need::Write));
+    if config.net.iter().any(|net| net.tap.is_some()) {
+        add("net.tap", Path::new("/dev/net/tun"), Need::Write);
+    }
     config.gpu.iter().filter_map(|gpu| gpu.wayland.as_ref()).for_each(|path| add("gpu", path, Need::Write));
     if !config.gpu.is_empty() {
         // The socket between the engine and its relay has a name there for a moment.

@@ -151,6 +151,9 @@ pub(super) const CONTROL: &[Rule] = &[
     ioctl!(TERMINAL, 0x13, "TIOCGWINSZ: the terminal's size"),
     ioctl!(TERMINAL, 0x30, "TIOCGPTN: name of a pseudo-terminal"),
     ioctl!(TERMINAL, 0x31, "TIOCSPTLCK: unlock a pseudo-terminal"),
+    // The same group as terminals'.
+    ioctl!(TERMINAL, 0xca, "TUNSETIFF: attach to a tap"),
+    ioctl!(TERMINAL, 0xd2, "TUNGETIFF: is it a tap?"),
     ioctl!(TERMINAL, 0x41, "TIOCGPTPEER: open a pseudo-terminal's other end"),
     ioctl!(TERMINAL, 0x21, "FIONBIO: sockets that do not block"),
     ioctl!(0x12, 0x72, "BLKGETSIZE64: size of a disk that is a block device"),
