@@ -42,12 +42,15 @@ fn request(kind: u16, flags: u16, body: &[u8], attributes: &[(u16, [u8; 4])]) ->
     let attribute = |(kind, value): &(u16, [u8; 4])| [&8u16.to_ne_bytes()[..], &kind.to_ne_bytes(), value].concat();
     let attributes: Vec<u8> = attributes.iter().flat_map(attribute).collect();
     let len = u32::try_from(16 + body.len() + attributes.len()).unwrap_or_default();
-    let flags = flags | (libc::NLM_F_REQUEST | libc::NLM_F_ACK).cast_unsigned() as u16;
+    let flags = flags | REQUEST_AND_ACKNOWLEDGE;
     let header = [&len.to_ne_bytes()[..], &kind.to_ne_bytes(), &flags.to_ne_bytes(), &[0; 8]].concat();
     [header.as_slice(), body, &attributes].concat()
 }
 
 const IPV4: u8 = 2;
+/// NLM_F_REQUEST, NLM_F_ACK.
+const REQUEST_AND_ACKNOWLEDGE: u16 = 0x1 | 0x4;
+/// NLM_F_CREATE.
 const CREATE: u16 = 0x400;
 
 /// `struct ifinfomsg`: family, padding, type, index, flags, mask of flags.

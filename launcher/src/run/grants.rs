@@ -249,7 +249,7 @@ mod tests {
         assert_eq!(list(folder.path()), []);
         let path = record.write_to(folder.path()).unwrap();
         assert!(matches!(record.write_to(folder.path()), Err(GrantError::Exists(_))));
-        assert_eq!(list(folder.path()), [record.clone()]);
+        assert_eq!(list(folder.path()), std::slice::from_ref(&record));
         fs::remove_file(path).unwrap();
         record.write_to(folder.path()).unwrap();
     }
