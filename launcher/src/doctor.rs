@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn a_good_machine_needs_nothing() {
         let checks = checks(&good());
-        assert_eq!(checks.len(), 9);
+        assert_eq!(checks.len(), 10);
         assert!(checks.iter().all(|check| check.status == Status::Ok && check.fix.is_none()), "{checks:?}");
     }
 
