@@ -147,7 +147,10 @@ impl Stage {
         fs::create_dir(fixture.path("files")).unwrap();
         let (guest, desktop_bus) = (Bus::start(&fixture, "guest"), Bus::start(&fixture, "host"));
         let mut command = fixture.launcher(&["run", "--boot", "--no-wayland", "app"]);
-        command.env("DBUS_SESSION_BUS_ADDRESS", &desktop_bus.address).env("XDG_CONFIG_HOME", fixture.path("config"));
+        command
+            .env("DBUS_SESSION_BUS_ADDRESS", &desktop_bus.address)
+            .env("XDG_CONFIG_HOME", fixture.path("config"))
+            .env("XDG_STATE_HOME", fixture.path("state"));
         let launcher = command.stderr(Stdio::inherit()).spawn().unwrap();
         let arguments = fixture.vmm_arguments();
         let api = serve_api(&value_of(&arguments, "--api-socket"));
