@@ -467,9 +467,6 @@ pub fn restore(
 ///
 /// # Errors
 /// As the kind.
-///
-/// # Panics
-/// As [`build`].
 pub fn connected(
     kind: &Kind,
     config: &VmConfig,
