@@ -168,7 +168,7 @@ fn flags_and_keys_that_do_not_exist() {
     says(&command().arg("--memory", "sise=1M").run(), key);
     let word = "--serial: unknown key \"tyt\" (did you mean \"tty\"?); accepted: tty, pty, null, off, file=, socket=";
     says(&command().arg("--serial", "tyt").run(), word);
-    says(&command().arg("--net", "tap=x").run(), "--net is not supported yet; leave it out");
+    says(&command().arg("--tpm", "socket=/x").run(), "--tpm is not supported yet; leave it out");
     let nothing = "nothing to do: give --kernel FILE to boot a machine, --restore to go on with one, or --api-socket PATH to wait \
                    for requests";
     says(&VmmCommand::new().run(), nothing);
