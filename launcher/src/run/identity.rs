@@ -2,22 +2,14 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use guest_proto::{BootId, FromAgent, Identity, MachineId, Reply, Request, Seed, ToAgent};
+use guest_proto::{BootId, Identity, MachineId, Request, Seed};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::{RunError, io_error, relay, vm::AgentLink};
 
-/// Seconds the agent has to take it on.
-const PATIENCE: u32 = 60;
-
 /// Lets the agent at the other end of `link` give the VM an identity that no other has. Nothing runs in it before.
-pub fn give(mut link: AgentLink, hostname: &str) -> Result<(), RunError> {
-    link.queue(&ToAgent::Request(Request::Wake(new(hostname)?)))?;
-    match link.exchange(PATIENCE)? {
-        FromAgent::Reply(Reply::Done) => Ok(()),
-        FromAgent::Reply(Reply::Failed { message }) => Err(relay::refused(&message)),
-        _ => Err(relay::broken()),
-    }
+pub fn give(link: AgentLink, hostname: &str) -> Result<(), RunError> {
+    relay::carry_out(link, Request::Wake(new(hostname)?))
 }
 
 fn new(hostname: &str) -> Result<Identity, RunError> {

@@ -28,7 +28,7 @@ use std::{
 };
 
 use guest_proto::{
-    FromAgent, Reply, Request, ToAgent,
+    Request,
     network::{GATEWAY, GUEST_ADDRESS, NETWORK_BITS, RESOLVER},
 };
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -59,9 +59,6 @@ const RESOLVERS: &str = "/etc/resolv.conf";
 
 /// More connections than this at once are closed unheard.
 const CONNECTIONS: usize = 64;
-
-/// Seconds the agent has to listen.
-const PATIENCE: u32 = 60;
 
 /// Why a VM has no network.
 #[derive(Debug, thiserror::Error)]
@@ -229,13 +226,8 @@ fn relay_one(guest: UnixStream, port: u16) -> io::Result<()> {
 }
 
 /// Lets the agent listen on `port` of the VM.
-pub fn forward(mut link: AgentLink, port: u16) -> Result<(), RunError> {
-    link.queue(&ToAgent::Request(Request::Forward { port }))?;
-    match link.exchange(PATIENCE)? {
-        FromAgent::Reply(Reply::Done) => Ok(()),
-        FromAgent::Reply(Reply::Failed { message }) => Err(relay::refused(&message)),
-        _ => Err(relay::broken()),
-    }
+pub fn forward(link: AgentLink, port: u16) -> Result<(), RunError> {
+    relay::carry_out(link, Request::Forward { port })
 }
 
 #[cfg(test)]

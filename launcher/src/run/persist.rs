@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use guest_proto::{FromAgent, Reply, Request, ToAgent};
+use guest_proto::Request;
 use rustix::{
     fs::{FlockOperation, flock},
     io::Errno,
@@ -28,9 +28,6 @@ use crate::home::{Home, HomeError};
 /// What is in the folder of a home directory: the lock, and the files.
 const LOCK: &str = "lock";
 const FILES: &str = "files";
-
-/// Seconds the agent has to put it in its place, and to copy what a new one begins with.
-const PATIENCE: u32 = 60;
 
 /// Why a home directory is not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -151,14 +148,8 @@ fn wait_for_orphan(name: &str, holder: Holder) -> Result<(), PersistError> {
 }
 
 /// Lets the agent put the home directory, which was granted, in the place of the account's.
-pub fn mount(mut link: AgentLink, user: &str) -> Result<(), RunError> {
-    let request = Request::Home { user: user.into(), source: place_of(HOME_GRANT) };
-    link.queue(&ToAgent::Request(request))?;
-    match link.exchange(PATIENCE)? {
-        FromAgent::Reply(Reply::Done) => Ok(()),
-        FromAgent::Reply(Reply::Failed { message }) => Err(relay::refused(&message)),
-        _ => Err(relay::broken()),
-    }
+pub fn mount(link: AgentLink, user: &str) -> Result<(), RunError> {
+    relay::carry_out(link, Request::Home { user: user.into(), source: place_of(HOME_GRANT) })
 }
 
 #[cfg(test)]

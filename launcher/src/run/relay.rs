@@ -11,7 +11,7 @@ use rustix::{event::PollFlags, io::Errno};
 
 use super::{RunError, escapes::Escapes, io_error, signals::Signals, tail::printable, terminal::Raw, vm::AgentLink};
 
-/// Seconds the agent has to start the application.
+/// Seconds the agent has to start the application, or to do something else.
 const PATIENCE: u32 = 60;
 
 /// Bytes written at a time: a pipe that is ready for writing takes them without blocking, see pipe(7).
@@ -87,6 +87,16 @@ impl Sink {
 /// What the agent says it cannot do, safe to print.
 pub fn refused(message: &str) -> RunError {
     RunError::Application(String::from_utf8_lossy(&printable(message.as_bytes())).into())
+}
+
+/// Has the agent carry out a request that starts nothing.
+pub fn carry_out(mut link: AgentLink, request: Request) -> Result<(), RunError> {
+    link.queue(&ToAgent::Request(request))?;
+    match link.exchange(PATIENCE)? {
+        FromAgent::Reply(Reply::Done) => Ok(()),
+        FromAgent::Reply(Reply::Failed { message }) => Err(refused(&message)),
+        _ => Err(broken()),
+    }
 }
 
 /// The agent said what nobody asked for.
