@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -94,6 +94,33 @@ fn a_new_clone_can_be_ended_at_once() {
     client.ping().unwrap();
 }
 
+/// A clone ends with its owner: one that waited, one made for the occasion, and one whose owner was gone before it was there.
+#[test]
+fn a_clone_ends_with_its_owner() {
+    let keep = tempfile::tempdir().unwrap();
+    let directory = keep.path().join("snapshot");
+    counter(&directory);
+    for pool in [1, 0] {
+        let (zygote, mut client) = zygote::start_with_pool(&directory, pool);
+        let _ = zygote::children(&zygote, pool.into());
+        let owned_by = |client: &mut Client, owned: &UnixStream| {
+            let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+            let config = CloneConfig { fds: vec!["serial".into(), "owner".into()], ..CloneConfig::default() };
+            client.clone_vm(config, &[write.as_fd(), owned.as_fd()]).unwrap();
+            BufReader::new(File::from(read))
+        };
+        let (owner, owned) = UnixStream::pair().unwrap();
+        let mut output = owned_by(&mut client, &owned);
+        first_tick(&mut output);
+        drop((owner, owned));
+        output.lines().for_each(drop);
+        let (owner, owned) = UnixStream::pair().unwrap();
+        drop(owner);
+        owned_by(&mut client, &owned).lines().for_each(drop);
+        client.ping().unwrap();
+    }
+}
+
 /// A clone answers on a socket of its own, which it was handed.
 #[test]
 fn a_clone_has_its_own_api() {
@@ -136,7 +163,9 @@ fn requests_that_make_no_sense_are_refused() {
     };
     assert!(refusal(&["serial"], 0).contains("0 descriptors came along, and 1 were announced"));
     assert!(refusal(&["serial", "serial"], 2).contains("the same purpose"));
-    assert!(refusal(&["_gpu0"], 1).contains("a descriptor is for _gpu0, and a clone has _rng, api, console, serial"));
+    assert!(
+        refusal(&["_gpu0"], 1).contains("a descriptor is for _gpu0, and a clone has _rng, api, console, owner, serial")
+    );
     let info = client.send(&Request::VmInfo).unwrap_err().to_string();
     assert!(info.contains("a zygote does not answer vm.info"), "{info}");
     client.send(&Request::VmmShutdown).unwrap();

@@ -108,6 +108,8 @@ pub struct Vmm {
     created: Option<Created>,
     server: Option<Server>,
     signals: Option<UnixStream>,
+    /// Ends the VMM with whoever has its other end.
+    owner: Option<OwnedFd>,
     events: (Sender<Told>, Receiver<Told>, EventFd),
     generation: u64,
     outcome: Option<Outcome>,
@@ -141,6 +143,7 @@ impl Vmm {
             created: None,
             server: None,
             signals: None,
+            owner: None,
             events: (sender, receiver, wake),
             generation: 0,
             outcome: None,
@@ -173,6 +176,11 @@ impl Vmm {
     /// Ends the VMM when something arrives on `signals`.
     pub fn end_on(&mut self, signals: UnixStream) {
         self.signals = Some(signals);
+    }
+
+    /// Ends the VMM when the other end of `owner`, a socket or a pipe, is closed: at the latest with the process that has it.
+    pub fn end_with(&mut self, owner: OwnedFd) {
+        self.owner = Some(owner);
     }
 
     /// Waits until there is something to read from `fd`; false if something arrives on [`Vmm::end_on`]'s socket first.

@@ -194,7 +194,7 @@ impl Zygote {
             return Err("two descriptors have the same purpose".into());
         }
         let devices = self.template.state.plan.devices.iter().map(|d| d.id.as_str());
-        let known: BTreeSet<&str> = ["api", "serial", "console"].into_iter().chain(devices).collect();
+        let known: BTreeSet<&str> = ["api", "owner", "serial", "console"].into_iter().chain(devices).collect();
         let list = || known.iter().copied().collect::<Vec<_>>().join(", ");
         match names.difference(&known).next() {
             Some(name) => Err(format!("a descriptor is for {name}, and a clone has {}", list())),
@@ -239,6 +239,9 @@ impl Zygote {
         };
         let mut handed: BTreeMap<String, OwnedFd> = config.fds.iter().cloned().zip(fds).collect();
         let server = handed.remove("api").map(Server::from_listener).transpose()?;
+        if let Some(owner) = handed.remove("owner") {
+            vmm.end_with(owner);
+        }
         vmm.finish_clone(chassis, &self.template, &config, handed)?;
         // The guest runs. What it does not need for that comes now.
         if let Some(server) = server {

@@ -113,6 +113,8 @@ pub struct Vm {
     boot_timeout: Duration,
     /// What its interface is connected to.
     passt: Option<Passt>,
+    /// A clone ends when this is closed, however this process ends.
+    _owner: Option<UnixStream>,
 }
 
 impl Vm {
@@ -151,7 +153,19 @@ impl Vm {
         let written = folder.update(|state| state.vmm = ProcessId::of(pid));
         let group = limit(&mut folder, settings, pid);
         // From here on it is ended whatever happens.
-        let vm = Self { process, running, group, folder, ready, agent: None, messages, console, boot_timeout, passt };
+        let vm = Self {
+            process,
+            running,
+            group,
+            folder,
+            ready,
+            agent: None,
+            messages,
+            console,
+            boot_timeout,
+            passt,
+            _owner: None,
+        };
         written?;
         Ok(vm)
     }
@@ -169,21 +183,22 @@ impl Vm {
         let journal = Journal::new(folder.path(CONSOLE)).map_err(io_error("keep the VM's messages"))?;
         let console = Tail::new(console, settings.debug).kept_in(journal);
         let (passt, socket) = (settings.network == Network::Internet).then(Passt::start).transpose()?.unzip();
+        let (owner, owned) = UnixStream::pair().map_err(io_error("make a socket for the VM"))?;
         let interface = socket.iter().map(|_| network::DEVICE);
         let config = CloneConfig {
-            fds: ["api", "console", VSOCK_DEVICE].into_iter().chain(interface).map(String::from).collect(),
+            fds: ["api", "owner", "console", VSOCK_DEVICE].into_iter().chain(interface).map(String::from).collect(),
             net_deny: socket.iter().map(|_| network::denied()).next().transpose()?,
             vsock_socket: Some(folder.path(VSOCK)),
             wayland: settings.wayland.clone(),
             ..CloneConfig::default()
         };
-        let fds: Vec<_> =
-            [api.as_fd(), write.as_fd(), vsock.as_fd()].into_iter().chain(socket.iter().map(AsFd::as_fd)).collect();
+        let fds = [api.as_fd(), owned.as_fd(), write.as_fd(), vsock.as_fd()];
+        let fds: Vec<_> = fds.into_iter().chain(socket.iter().map(AsFd::as_fd)).collect();
         let info = zygote.clone_vm(config, &fds).map_err(VmError::Clone)?;
         let pid = u32::try_from(info.pid).unwrap_or_default();
         let (process, running) = (Process::Clone { pid, log }, watch(pid)?);
         // From here on it alone listens. Were it gone already, the number could be another process' by now.
-        drop((api, vsock, socket));
+        drop((api, owned, vsock, socket));
         let mut own = Client::connect(&folder.path(API)).map_err(VmError::Clone)?;
         own.set_timeout(Some(PATIENCE)).map_err(VmError::Clone)?;
         if own.ping().map_err(VmError::Clone)?.pid != info.pid {
@@ -192,8 +207,19 @@ impl Vm {
         let written = folder.update(|state| state.vmm = ProcessId::of(pid));
         let (boot_timeout, group) = (settings.boot_timeout, limit(&mut folder, settings, pid));
         // From here on it is ended whatever happens.
-        let vm =
-            Self { process, running, group, folder, ready, agent: None, messages: None, console, boot_timeout, passt };
+        let vm = Self {
+            process,
+            running,
+            group,
+            folder,
+            ready,
+            agent: None,
+            messages: None,
+            console,
+            boot_timeout,
+            passt,
+            _owner: Some(owner),
+        };
         written?;
         Ok(vm)
     }

@@ -17,6 +17,7 @@ const MACHINE: u32 = 3;
 const INPUT: u32 = 4;
 const DRAINED: u32 = 5;
 const WRITER: u32 = 6;
+const OWNER: u32 = 7;
 
 impl Vmm {
     /// Runs until the guest powers off, a signal arrives or the API says so.
@@ -87,6 +88,9 @@ impl Control {
         }
         if let Some(signals) = &vmm.signals {
             wanted.insert(SIGNAL, signals.as_raw_fd());
+        }
+        if let Some(owner) = &vmm.owner {
+            wanted.insert(OWNER, owner.as_raw_fd());
         }
         if let Some(created) = &vmm.created
             && let Some(serial) = created.machine.as_ref().and_then(Machine::serial)
@@ -179,8 +183,9 @@ impl MutEventSubscriber for Control {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
             SERVER => self.requests(),
-            SIGNAL => {
-                log::info!("asked to end by a signal");
+            token @ (SIGNAL | OWNER) => {
+                let why = if token == SIGNAL { "asked to end by a signal" } else { "its owner is gone: ending" };
+                log::info!("{why}");
                 self.vmm.shut_down();
                 self.vmm.outcome = Some(Outcome::Ended);
             }
