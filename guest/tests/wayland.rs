@@ -254,7 +254,9 @@ fn applications_end_with_the_compositor() {
     desktop.kill();
     wait_for("the application to end", || foot.0.try_wait().unwrap());
     wait_for("its descriptors to be closed", || (open_files() <= before).then_some(()));
-    // A new application is told, instead of waiting for ever.
+    // A new application is told, instead of waiting for ever, unless it has not asked yet.
+    let silent = Client::new(&desktop.proxy_socket());
     let (_, _, text) = Client::new(&desktop.proxy_socket()).send(1, 1, &[2]).error();
     assert!(text.contains("does not answer"), "{text}");
+    assert!(silent.hears_nothing());
 }

@@ -18,8 +18,8 @@ use super::socket::{AppSocket, Read};
 use super::table::{Table, op};
 use super::wire::{self, Arg, Builder};
 
-/// How long the host may take to say its first word.
-const FIRST_ANSWER: Duration = Duration::from_secs(10);
+/// How long the host may take to say its first word once it was asked something.
+const FIRST_ANSWER: Duration = Duration::from_secs(20);
 /// How long the pipes of an application that has gone are kept, if it has no windows.
 const LINGER: Duration = Duration::from_secs(10);
 /// Wakes up for timeouts even if nothing else happens.
@@ -53,8 +53,9 @@ pub struct Session<G> {
     pub(super) from_host: Vec<u8>,
     pub(super) host_fds: std::collections::VecDeque<HostFd>,
     to_host: Vec<u8>,
+    /// When the host was asked for the first time: an application may take its time between connecting and that.
+    asked: Option<Instant>,
     answered: bool,
-    since: Instant,
 }
 
 /// Runs a connection until either side ends it.
@@ -77,8 +78,8 @@ pub fn run<G: Gpu>(stream: UnixStream, gpu: G) -> Result<(), SessionError> {
         from_host: Vec::new(),
         host_fds: std::collections::VecDeque::new(),
         to_host: Vec::new(),
+        asked: None,
         answered: false,
-        since: Instant::now(),
     };
     let result = session.serve();
     if let Err(error) = &result {
@@ -151,7 +152,7 @@ impl<G: Gpu> Session<G> {
 
     fn check_time(&mut self) -> Result<(), SessionError> {
         self.pipes.drop_stalled();
-        if !self.answered && self.since.elapsed() > FIRST_ANSWER {
+        if !self.answered && self.asked.is_some_and(|asked| asked.elapsed() > FIRST_ANSWER) {
             return Err(SessionError::host("the host's compositor does not answer"));
         }
         Ok(())
@@ -237,6 +238,9 @@ impl<G: Gpu> Session<G> {
     /// Sends what is queued for the host.
     pub(super) fn flush_host(&mut self) -> Result<(), SessionError> {
         let batch = std::mem::take(&mut self.to_host);
+        if !batch.is_empty() {
+            self.asked.get_or_insert_with(Instant::now);
+        }
         self.channel.send(&batch, &[])?;
         self.to_host = batch;
         self.to_host.clear();

@@ -37,7 +37,7 @@ impl Client {
     /// Connects, and says nothing.
     pub fn new(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         Self { stream, globals: Vec::new() }
     }
 
@@ -63,6 +63,14 @@ impl Client {
     pub fn raw(mut self, bytes: &[u8]) -> Self {
         self.stream.write_all(bytes).unwrap();
         self
+    }
+
+    /// Whether the proxy has neither said anything nor closed the connection.
+    pub fn hears_nothing(&self) -> bool {
+        self.stream.set_nonblocking(true).unwrap();
+        let read = (&self.stream).read(&mut [0]);
+        self.stream.set_nonblocking(false).unwrap();
+        read.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
     }
 
     /// Sends a request whose arguments are plain words.
