@@ -37,6 +37,9 @@ pub enum Command {
     /// Commands about VMs that run
     #[command(flatten)]
     Vm(VmCommand),
+    /// List and remove home directories that apps keep, and forget files that were picked
+    #[command(subcommand)]
+    Home(HomeCommand),
     /// Make, list and remove templates
     #[command(subcommand)]
     Template(TemplateCommand),
@@ -91,6 +94,31 @@ pub enum Command {
     },
     /// Print the manual page
     Man,
+}
+
+/// Commands about home directories that apps keep.
+#[derive(Debug, Subcommand)]
+pub enum HomeCommand {
+    /// List the home directories that are kept
+    List {
+        /// As JSON: an array of objects, with the files that are remembered
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove a home directory that no VM has, with all that is in it
+    Rm {
+        /// Which one
+        name: String,
+    },
+    /// Forget files that were picked: the next VM with the home directory is not granted them
+    ///
+    /// While a VM has it, `spectrum revoke` does that too.
+    Forget {
+        /// Of which home directory
+        name: String,
+        /// What the file is called in the VM, without /host/ [default: all of them]
+        grant: Option<String>,
+    },
 }
 
 /// Commands about the policy.

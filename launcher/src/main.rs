@@ -58,6 +58,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
             let run = apps::open::to_run(&places, &options)?;
             return Ok(run::run(&home, &places, &run)?);
         }
+        Command::Home(command) => print(&run::homes::dispatch(&home::Home::find()?, command)?)?,
         Command::Vm(command) => return Ok(run::vms::dispatch(command)?),
         Command::Template(command) => template(command)?,
         Command::Apps { json } => print(&apps::list(&Places::find()?, json)?)?,

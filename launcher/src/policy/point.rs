@@ -99,11 +99,26 @@ impl DecisionPoint {
         self.decide_by(service, target, || (true, "the user has chosen it".into()))
     }
 
+    /// The same for a target that the user chose for a former VM with this home directory. The VM does not ask for it, so it is
+    /// none of its requests.
+    pub fn decide_remembered(&self, service: Service, target: &str) -> Verdict {
+        self.decide_admitted(service, target, 0, || (true, "the user has chosen it for a VM before".into()))
+    }
+
     fn decide_by(&self, service: Service, target: &str, answer: impl FnOnce() -> (bool, String)) -> Verdict {
-        let unseen = match self.admit() {
-            Ok(unseen) => unseen,
-            Err(verdict) => return verdict,
-        };
+        match self.admit() {
+            Ok(unseen) => self.decide_admitted(service, target, unseen, answer),
+            Err(verdict) => verdict,
+        }
+    }
+
+    fn decide_admitted(
+        &self,
+        service: Service,
+        target: &str,
+        unseen: u64,
+        answer: impl FnOnce() -> (bool, String),
+    ) -> Verdict {
         let verdict = if target.len() > LONGEST_TARGET {
             deny(format!("the target has more than {LONGEST_TARGET} bytes"))
         } else {

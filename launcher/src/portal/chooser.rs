@@ -94,8 +94,6 @@ pub enum ChooserError {
     Files(#[from] FilesError),
     #[error("the desktop's dialog gave {0:?}, which is no file of this machine")]
     Uri(String),
-    #[error("the policy denies {0}")]
-    Denied(String),
 }
 
 impl Options {
@@ -183,7 +181,7 @@ pub fn choose(
         let place = Place::find(&path)?;
         let target = place.path().display().to_string();
         if !portals.point.decide_chosen(Service::Files, &target).allowed {
-            return Err(ChooserError::Denied(target));
+            return Err(FilesError::Denied(target).into());
         }
         uris.push(files::uri_in_guest(root, &portals.files.give(&place, access)?));
     }

@@ -1,9 +1,9 @@
-//! Files that the user picked, granted to the VM until it ends.
+//! Files that the user picked, granted to the VM until it ends; to the next VM with the same home directory, too.
 
 use std::{
     fs,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
@@ -17,7 +17,13 @@ use rustix::{
 };
 use vmm_api::Client;
 
-use crate::run::grants::{self, GrantError, Record};
+use crate::{
+    policy::{DecisionPoint, Service},
+    run::{
+        grants::{self, GrantError, Record},
+        remembered::{Remembered, is_same},
+    },
+};
 
 /// How long the VMM may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -38,10 +44,25 @@ pub enum FilesError {
     Kind(PathBuf),
     #[error("cannot find the folder of {path}: {source}")]
     Folder { path: PathBuf, source: std::io::Error },
+    #[error("{0} is in another place: there is a link on the way to it")]
+    Moved(PathBuf),
+    #[error("the policy denies {0}")]
+    Denied(String),
     #[error("too many files are called {0:?}")]
     Names(String),
     #[error(transparent)]
     Grant(#[from] GrantError),
+}
+
+impl FilesError {
+    /// Whether the file does not exist.
+    fn is_absence(&self) -> bool {
+        match self {
+            Self::Open { source, .. } => *source == Errno::NOENT,
+            Self::Folder { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+            _ => false,
+        }
+    }
 }
 
 /// What is done with a file.
@@ -64,6 +85,8 @@ pub struct Files {
     folder: PathBuf,
     /// One is granted at a time: no two get the same name.
     turn: Mutex<()>,
+    /// Where what is picked is remembered, if it is.
+    remembered: Option<Remembered>,
 }
 
 /// A file or folder of the host without links in its path.
@@ -115,31 +138,89 @@ impl Place {
 
 impl Files {
     /// Those of the VM in `folder`, whose VMM's socket is `api`.
-    pub fn new(api: PathBuf, folder: PathBuf) -> Self {
-        Self { api, folder, turn: Mutex::default() }
+    pub fn new(api: PathBuf, folder: PathBuf, remembered: Option<Remembered>) -> Self {
+        Self { api, folder, turn: Mutex::default(), remembered }
     }
 
-    /// Grants a file, and gives its name in the VM. What was granted already has the name it had.
+    /// Grants a file that was picked, and gives its name in the VM. What was granted already has the name it had.
     pub fn give(&self, place: &Place, access: Access) -> Result<String, FilesError> {
         let file = place.open(access)?;
         let (path, writable) = (place.path(), access != Access::Read);
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         // It may have been revoked since, or granted by other means.
         let given = grants::list(&self.folder);
-        if let Some(one) = given.iter().find(|one| one.path == path && one.writable == writable) {
+        let record = match given.iter().find(|one| is_same(one, &path, writable)) {
+            Some(one) => one.clone(),
+            None => {
+                let record = Record { name: self.name_for(place, writable, &given)?, path, writable };
+                self.grant(file.as_fd(), &record)?;
+                record
+            }
+        };
+        if let Some(Err(error)) = self.remembered.as_ref().map(|remembered| remembered.add(&record)) {
+            log::warn!("{} is not granted to the next VM: {error}", record.path.display());
+        }
+        Ok(record.name)
+    }
+
+    /// What a file that is not granted is called: what it was before, else what no other is, also none that is remembered.
+    fn name_for(&self, place: &Place, writable: bool, given: &[Record]) -> Result<String, FilesError> {
+        let path = place.path();
+        // What cannot be read is told when something is added.
+        let remembered = self.remembered.as_ref().and_then(|remembered| remembered.read().ok()).unwrap_or_default();
+        let is_given = |name: &str| given.iter().any(|one| one.name == name);
+        if let Some(one) = remembered.iter().find(|one| is_same(one, &path, writable) && !is_given(&one.name)) {
             return Ok(one.name.clone());
         }
         let wanted = place.name.to_str().ok_or_else(|| FilesError::NoName(path.clone()))?;
-        let taken = |name: &str| given.iter().any(|one| one.name == name);
+        let taken = |name: &str| is_given(name) || remembered.iter().any(|one| one.name == name);
         let mut names = (1..NAMES).map(|number| numbered(wanted, number)).filter(|name| !taken(name));
-        let name = names.next().ok_or_else(|| FilesError::Names(wanted.to_owned()))?;
+        names.next().ok_or_else(|| FilesError::Names(wanted.to_owned()))
+    }
+
+    fn grant(&self, file: BorrowedFd<'_>, record: &Record) -> Result<(), FilesError> {
         let mut api = Client::connect(&self.api).map_err(GrantError::from)?;
         api.set_timeout(Some(PATIENCE)).map_err(GrantError::from)?;
-        let record = Record { name, path, writable };
-        grants::give_open(&mut api, &self.folder, file.as_fd(), &record)?;
-        let Record { name, path, .. } = record;
-        log::info!("granted {} for {}", path.display(), if writable { "writing" } else { "reading" });
-        Ok(name)
+        grants::give_open(&mut api, &self.folder, file, record)?;
+        let how = if record.writable { "writing" } else { "reading" };
+        log::info!("granted {} for {how}", record.path.display());
+        Ok(())
+    }
+
+    /// Grants what was picked for former VMs, by the names it had. What is no longer there is forgotten.
+    pub fn restore(&self, point: &DecisionPoint) {
+        let Some(remembered) = &self.remembered else { return };
+        let records = remembered.read_or_put_aside().unwrap_or_else(|error| {
+            log::warn!("no picked files are remembered: {error}");
+            Vec::new()
+        });
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut gone = Vec::new();
+        for record in records {
+            if let Err(error) = self.give_again(&record, point) {
+                log::info!("{} is not granted again: {error}", record.path.display());
+                if error.is_absence() {
+                    gone.push(record);
+                }
+            }
+        }
+        if let Err(error) = remembered.forget(|one| gone.contains(one)) {
+            log::warn!("files that are gone are not forgotten: {error}");
+        }
+    }
+
+    fn give_again(&self, record: &Record, point: &DecisionPoint) -> Result<(), FilesError> {
+        let place = Place::find(&record.path)?;
+        // Nobody sees a link that was put on the way since, as one does in a dialog.
+        if place.path() != record.path {
+            return Err(FilesError::Moved(record.path.clone()));
+        }
+        let file = place.open(if record.writable { Access::Write } else { Access::Read })?;
+        let target = record.path.display().to_string();
+        if !point.decide_remembered(Service::Files, &target).allowed {
+            return Err(FilesError::Denied(target));
+        }
+        self.grant(file.as_fd(), record)
     }
 }
 

@@ -34,7 +34,10 @@ use guest_proto::portal::{Offer, OfferError, VERSION};
 
 use crate::{
     policy::DecisionPoint,
-    run::vm::{self, VmError},
+    run::{
+        remembered::Remembered,
+        vm::{self, VmError},
+    },
 };
 
 /// How long the guest may take for an answer until its bus is joined.
@@ -79,10 +82,11 @@ pub struct Portals {
 }
 
 impl Portals {
-    /// Listens for the VM's bus from here on.
-    pub fn start(point: Arc<DecisionPoint>, vm: Vm) -> io::Result<()> {
+    /// Grants what is remembered of former VMs' picks, and listens for the VM's bus from here on.
+    pub fn start(point: Arc<DecisionPoint>, vm: Vm, remembered: Option<Remembered>) -> io::Result<()> {
+        let files = Files::new(vm.api.clone(), vm.folder.clone(), remembered);
+        files.restore(&point);
         let listener = UnixListener::bind(&vm.offers)?;
-        let files = Files::new(vm.api.clone(), vm.folder.clone());
         let portals = Arc::new(Self { point, vm, files, buses: AtomicUsize::new(0) });
         thread::Builder::new().name("portals".into()).spawn(move || {
             for stream in listener.incoming() {

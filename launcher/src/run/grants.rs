@@ -90,11 +90,7 @@ impl Grant {
     /// What the guest knows it by.
     pub fn name(&self) -> Result<String, GrantError> {
         let name = self.called.clone().map_or_else(|| own_name(&self.path), Ok)?;
-        // It is also the name of a file here.
-        if name.is_empty() || name.len() > 255 || name == "." || name == ".." || name.contains(['/', '\0']) {
-            return Err(GrantError::Name(name));
-        }
-        Ok(name)
+        if is_name(&name) { Ok(name) } else { Err(GrantError::Name(name)) }
     }
 
     fn open(&self) -> Result<OwnedFd, GrantError> {
@@ -167,6 +163,11 @@ pub fn check(grants: &[Grant]) -> Result<(), GrantError> {
         }
     }
     Ok(())
+}
+
+/// Whether something can be granted by this name. It is also the name of a file here.
+pub fn is_name(name: &str) -> bool {
+    (1..=255).contains(&name.len()) && name != "." && name != ".." && !name.contains(['/', '\0'])
 }
 
 /// Where the guest has what it knows by this name.

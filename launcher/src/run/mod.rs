@@ -10,6 +10,7 @@ mod escapes;
 pub mod folder;
 mod foreign;
 pub mod grants;
+pub mod homes;
 mod identity;
 mod journal;
 pub mod network;
@@ -17,6 +18,7 @@ pub mod options;
 mod persist;
 pub mod process;
 mod relay;
+pub mod remembered;
 mod signals;
 mod state;
 mod tail;
@@ -31,6 +33,7 @@ use guest_proto::{CALL_PORT, ExitStatus, FORWARD_PORT, IdentityError, LinkError,
 use options::Settings;
 use persist::Kept;
 use relay::Relay;
+use remembered::Remembered;
 use signals::Signals;
 use vm::Vm;
 use warm::Warm;
@@ -63,6 +66,8 @@ pub enum RunError {
     Grant(#[from] grants::GrantError),
     #[error(transparent)]
     Persist(#[from] persist::PersistError),
+    #[error(transparent)]
+    Remembered(#[from] remembered::RememberedError),
     #[error(transparent)]
     Network(#[from] network::NetworkError),
     #[error(transparent)]
@@ -208,6 +213,7 @@ fn in_vm(
 ) -> Result<ExitStatus, RunError> {
     vm.wait_for_agent(signals)?;
     identity::give(vm.connect()?, &settings.hostname)?;
+    let remembered = kept.as_ref().map(|kept| Remembered::of(kept.folder()));
     if !settings.grants.is_empty() || kept.is_some() {
         let (mut api, folder) = (vm.api().map_err(grants::GrantError::Vmm)?, vm.folder().folder());
         settings.grants.iter().try_for_each(|grant| grant.give(&mut api, folder).map(drop))?;
@@ -215,10 +221,11 @@ fn in_vm(
             kept.used_by(vm.folder().name(), folder)?;
             kept.grant().give(&mut api, folder)?;
             persist::mount(vm.connect()?, &options.user)?;
+            vm.keeps(kept.folder())?;
         }
     }
     calls::serve(vm.listen(CALL_PORT)?, point.clone()).map_err(io_error("serve the VM's calls"))?;
-    let _ = Portals::start(point.clone(), vm.portal_places())
+    let _ = Portals::start(point.clone(), vm.portal_places(), remembered)
         .inspect_err(|error| log::warn!("no portals for the VM: {error}"));
     if let Network::Host(port) = settings.network {
         network::relay_port(&vm.path_of(FORWARD_PORT), port).map_err(io_error("listen for the VM"))?;

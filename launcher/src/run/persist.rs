@@ -18,7 +18,8 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    RunError, folder,
+    RunError,
+    folder::{self, BaseLock, lock_base},
     grants::{Grant, HOME_GRANT, place_of},
     relay,
     vm::AgentLink,
@@ -35,6 +36,9 @@ pub enum PersistError {
     /// It has no place.
     #[error(transparent)]
     Place(#[from] HomeError),
+    /// There is none of this name.
+    #[error("there is no home directory called {0:?}: see `spectrum home list`")]
+    Unknown(String),
     /// Another VM has it.
     #[error("the home directory {name:?} is in use by {by}: end it, or run this in it with --vm")]
     InUse {
@@ -68,7 +72,7 @@ struct Holder {
 /// A home directory, locked for as long as this value lives.
 #[derive(Debug)]
 pub struct Kept {
-    files: PathBuf,
+    folder: PathBuf,
     lock: File,
 }
 
@@ -76,16 +80,29 @@ impl Kept {
     /// Takes the one called `name`, which is made if it is not there.
     pub fn take(home: &Home, name: &str) -> Result<Self, PersistError> {
         let folder = home.kept(name)?;
-        let files = folder.join(FILES);
-        let fail = |path: &Path| {
-            let path = path.to_owned();
-            move |source| PersistError::File { path, source }
-        };
-        DirBuilder::new().recursive(true).mode(0o700).create(&files).map_err(fail(&files))?;
+        make_private(&home.all_kept())?;
+        let all = lock_all(home)?;
+        make_private(&folder.join(FILES))?;
+        Self::take_folder(folder, name, all)
+    }
+
+    /// Takes the one called `name`, which must be there.
+    pub fn take_existing(home: &Home, name: &str) -> Result<Self, PersistError> {
+        let folder = home.kept(name)?;
+        let exists = || if folder.is_dir() { Ok(()) } else { Err(PersistError::Unknown(name.into())) };
+        exists()?;
+        let all = lock_all(home)?;
+        exists()?;
+        Self::take_folder(folder, name, all)
+    }
+
+    /// Takes it while it cannot be removed. That it is locked suffices from then on.
+    fn take_folder(folder: PathBuf, name: &str, all: BaseLock) -> Result<Self, PersistError> {
         let path = folder.join(LOCK);
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
         let mut lock = open.map_err(fail(&path))?;
         let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive);
+        drop(all);
         let holder = holder(&mut lock).map_err(fail(&path))?;
         match (locked, holder) {
             (Ok(()), None) => {}
@@ -97,7 +114,7 @@ impl Kept {
             }
             (Err(errno), _) => return Err(fail(&path)(errno.into())),
         }
-        let mut kept = Self { files, lock };
+        let mut kept = Self { folder, lock };
         kept.write(b"").map_err(fail(&path))?;
         Ok(kept)
     }
@@ -106,7 +123,7 @@ impl Kept {
     pub fn used_by(&mut self, vm: &str, folder: &Path) -> Result<(), PersistError> {
         let holder = Holder { vm: vm.into(), folder: folder.into() };
         let text = serde_json::to_vec(&holder).unwrap_or_default();
-        self.write(&text).map_err(|source| PersistError::File { path: self.files.clone(), source })
+        self.write(&text).map_err(fail(&self.folder))
     }
 
     fn write(&mut self, text: &[u8]) -> io::Result<()> {
@@ -115,9 +132,14 @@ impl Kept {
         self.lock.write_all(text)
     }
 
+    /// Where it is, with what is kept beside its files.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// What the VM is granted.
     pub fn grant(&self) -> Grant {
-        Grant { path: self.files.clone(), writable: true, called: Some(HOME_GRANT.into()) }
+        Grant { path: self.folder.join(FILES), writable: true, called: Some(HOME_GRANT.into()) }
     }
 }
 
@@ -126,6 +148,32 @@ impl Drop for Kept {
         // The VM has ended.
         let _ = self.write(b"");
     }
+}
+
+/// No home directory is taken, made, or removed while this is held, and nothing that is remembered changes.
+pub fn lock_all(home: &Home) -> Result<BaseLock, PersistError> {
+    let all = home.all_kept();
+    lock_base(&all).map_err(fail(&all))
+}
+
+/// Whether somebody has the home directory in `folder`, and the VM, once it runs. Without the lock of all, whoever takes it meanwhile
+/// would find it taken.
+pub fn user_of(folder: &Path, _all: &BaseLock) -> (bool, Option<String>) {
+    let Ok(mut lock) = File::open(folder.join(LOCK)) else { return (false, None) };
+    if flock(&lock, FlockOperation::NonBlockingLockShared).is_ok() {
+        return (false, None);
+    }
+    (true, holder(&mut lock).ok().flatten().map(|holder| holder.vm))
+}
+
+fn make_private(folder: &Path) -> Result<(), PersistError> {
+    DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(fail(folder))
+}
+
+/// What is told about a failed system call.
+fn fail(path: &Path) -> impl FnOnce(io::Error) -> PersistError + use<> {
+    let path = path.to_owned();
+    move |source| PersistError::File { path, source }
 }
 
 /// What the lock says, if it says something that was written whole.

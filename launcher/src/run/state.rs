@@ -62,6 +62,8 @@ pub struct State {
     pub command: Vec<String>,
     /// The home directory that it keeps.
     pub persist: Option<String>,
+    /// Where that is, with what is kept beside its files, once the VM has it.
+    pub kept: Option<PathBuf>,
     /// How it came to be.
     pub origin: Origin,
     /// When, in seconds since 1970.
@@ -89,6 +91,7 @@ impl State {
             template: about.template.clone(),
             command: about.command.clone(),
             persist: about.persist.clone(),
+            kept: None,
             origin,
             started: now.as_secs(),
             launcher: ProcessId::own().ok_or_else(|| io::Error::other("/proc does not tell about this process"))?,

@@ -280,6 +280,11 @@ impl Vm {
         UnixListener::bind(self.folder.path(&format!("vsock.sock_{port}"))).map_err(io_error("listen for the VM"))
     }
 
+    /// Says where the home directory is that it keeps.
+    pub fn keeps(&mut self, folder: &Path) -> Result<(), RunError> {
+        Ok(self.folder.update(|state| state.kept = Some(folder.into()))?)
+    }
+
     /// Says that the application can run, and other commands in the VM.
     pub fn is_ready(&mut self) -> Result<(), RunError> {
         Ok(self.folder.update(|state| state.ready = true)?)

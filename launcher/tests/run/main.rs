@@ -2,6 +2,7 @@
 
 mod calls;
 mod portal;
+mod remembered;
 mod vms;
 
 use std::{

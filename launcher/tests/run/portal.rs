@@ -5,7 +5,10 @@ use std::{
     io::copy,
     net::Shutdown,
     os::unix::fs::symlink,
-    sync::mpsc::{self, Receiver},
+    sync::{
+        Arc,
+        mpsc::{self, Receiver},
+    },
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -29,7 +32,7 @@ const PATH: &str = "/org/freedesktop/portal/desktop";
 type Dict = HashMap<String, OwnedValue>;
 
 /// A bus of its own. It ends with this.
-struct Bus {
+pub struct Bus {
     daemon: Child,
     address: String,
     socket: PathBuf,
@@ -68,13 +71,13 @@ impl Drop for Bus {
 }
 
 /// The desktop's portals.
-struct Desktop {
+pub struct Desktop {
     connection: Connection,
     calls: Receiver<Message>,
 }
 
 impl Desktop {
-    fn start(bus: &Bus) -> Self {
+    pub fn start(bus: &Bus) -> Self {
         let connection = bus.connect();
         let messages = MessageIterator::from(&connection);
         connection.request_name(DESKTOP).unwrap();
@@ -95,7 +98,7 @@ impl Desktop {
     }
 
     /// The next request: title and options. The dialog is open then.
-    fn asked(&self, method: &str) -> (String, Dict, Message) {
+    pub fn asked(&self, method: &str) -> (String, Dict, Message) {
         let call = self.called(method);
         let (window, title, options): (String, String, Dict) = call.body().deserialize().unwrap();
         assert_eq!(window, "");
@@ -109,7 +112,7 @@ impl Desktop {
     }
 
     /// What the user does in the dialog.
-    fn answer(&self, call: &Message, response: u32, uris: &[String], choices: &[(&str, &str)]) {
+    pub fn answer(&self, call: &Message, response: u32, uris: &[String], choices: &[(&str, &str)]) {
         let results = HashMap::from([("uris", Value::from(uris)), ("choices", Value::from(choices))]);
         let interface = "org.freedesktop.portal.Request";
         let header = call.header();
@@ -121,12 +124,12 @@ impl Desktop {
 }
 
 /// All of them, and an application that runs.
-struct Stage {
-    fixture: Fixture,
+pub struct Stage {
+    fixture: Arc<Fixture>,
     _guest: Bus,
-    desktop_bus: Bus,
+    pub desktop_bus: Bus,
     client: Connection,
-    api: Receiver<(ApiRequest, Vec<std::os::fd::OwnedFd>)>,
+    pub api: Receiver<(ApiRequest, Vec<std::os::fd::OwnedFd>)>,
     launcher: Child,
     _agent: (Agent, Agent),
 }
@@ -141,12 +144,18 @@ impl Drop for Stage {
 
 impl Stage {
     fn new(policy: &str) -> Self {
-        let fixture = Fixture::new();
+        Self::start(Arc::new(Fixture::new()), policy, None)
+    }
+
+    /// Starts the application, with a home directory that is kept if one is named.
+    pub fn start(fixture: Arc<Fixture>, policy: &str, persist: Option<&str>) -> Self {
         fs::create_dir_all(fixture.path("config/spectrum")).unwrap();
         fs::write(fixture.path("config/spectrum/policy"), policy).unwrap();
-        fs::create_dir(fixture.path("files")).unwrap();
+        fs::create_dir_all(fixture.path("files")).unwrap();
         let (guest, desktop_bus) = (Bus::start(&fixture, "guest"), Bus::start(&fixture, "host"));
-        let mut command = fixture.launcher(&["run", "--boot", "--no-wayland", "app"]);
+        let keep: Vec<String> = persist.iter().map(|name| format!("--persist={name}")).collect();
+        let mut command = fixture.launcher(&["run", "--boot", "--no-wayland"]);
+        command.args(keep).arg("app");
         command
             .env("DBUS_SESSION_BUS_ADDRESS", &desktop_bus.address)
             .env("XDG_CONFIG_HOME", fixture.path("config"))
@@ -156,6 +165,11 @@ impl Stage {
         let api = serve_api(&value_of(&arguments, "--api-socket"));
         let (listener, _, mut agent, ready) = Fixture::answer_wake_of(&arguments);
         send(&mut agent, &[FromAgent::Reply(Reply::Done)]);
+        if persist.is_some() {
+            let (request, mut agent) = connection(&listener);
+            assert_eq!(request, Request::Home { user: "user".into(), source: "/host/.home".into() });
+            send(&mut agent, &[FromAgent::Reply(Reply::Done)]);
+        }
         let (_, mut application) = request_to_run(&listener);
         send(&mut application, &[started()]);
         let client = guest.connect();
@@ -185,14 +199,19 @@ impl Stage {
         assert_eq!(answer, [portal::VERSION, 0]);
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    pub fn file(&self, name: &str) -> PathBuf {
         let path = self.fixture.path("files").join(name);
         fs::write(&path, "x").unwrap();
         path
     }
 
     /// Calls the back-end as the guest's xdg-desktop-portal does.
-    fn ask(&self, method: &'static str, handle: &str, options: HashMap<&str, Value<'_>>) -> JoinHandle<(u32, Dict)> {
+    pub fn ask(
+        &self,
+        method: &'static str,
+        handle: &str,
+        options: HashMap<&str, Value<'_>>,
+    ) -> JoinHandle<(u32, Dict)> {
         let options: Dict = options.into_iter().map(|(k, v)| (k.to_owned(), v.try_to_owned().unwrap())).collect();
         let (client, handle) =
             (self.client.clone(), ObjectPath::try_from(format!("{PATH}/request/{handle}")).unwrap().into_owned());
@@ -204,7 +223,7 @@ impl Stage {
     }
 
     /// The next grant: name, whether for writing.
-    fn granted(&self) -> (String, bool) {
+    pub fn granted(&self) -> (String, bool) {
         let (ApiRequest::VmAddGrant(grant), fds) = self.api.recv_timeout(TIME).unwrap() else { panic!("no grant") };
         assert_eq!((grant.path, fds.len()), (None, 1));
         (grant.name, grant.writable)
@@ -236,11 +255,11 @@ fn carry(listener: &UnixListener, bus: &Path) {
     }
 }
 
-fn uri(path: &Path) -> String {
+pub fn uri(path: &Path) -> String {
     format!("file://{}", path.display().to_string().replace(' ', "%20"))
 }
 
-fn strings(dict: &Dict, key: &str) -> Vec<String> {
+pub fn strings(dict: &Dict, key: &str) -> Vec<String> {
     dict[key].try_clone().unwrap().try_into().unwrap()
 }
 

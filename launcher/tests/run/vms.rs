@@ -39,12 +39,12 @@ impl Fixture {
         Running { launcher, listener, _ready: ready, application }
     }
 
-    fn output(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
+    pub fn output(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
         let output = self.launcher(arguments).stdin(Stdio::null()).output().unwrap();
         (output.status.code(), text(&output.stdout), text(&output.stderr))
     }
 
-    fn ps(&self) -> Vec<serde_json::Value> {
+    pub fn ps(&self) -> Vec<serde_json::Value> {
         let (status, text, errors) = self.output(&["ps", "--json"]);
         assert_eq!((status, &*errors), (Some(0), ""));
         serde_json::from_str(&text).unwrap()

@@ -27,6 +27,7 @@ use super::{
     options::{environment, grants_of},
     process::Running,
     relay::{Relay, Waits},
+    remembered::Remembered,
     signals::Signals,
     state::State,
     status_of_signal,
@@ -83,10 +84,7 @@ pub fn dispatch(command: VmCommand) -> Result<ExitCode, RunError> {
             return Found::by_name(&name)?.exec(run);
         }
         VmCommand::Grant(options) => grant(options)?,
-        VmCommand::Revoke { name, grant } => {
-            let found = Found::by_name(&name)?;
-            grants::revoke(&mut found.api()?, &found.folder, &grant)?;
-        }
+        VmCommand::Revoke { name, grant } => Found::by_name(&name)?.revoke(&grant)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -166,6 +164,20 @@ impl Found {
                 grant.give(&mut self.api()?, &self.folder)?;
             }
         }
+        Ok(())
+    }
+
+    /// Takes a grant back, and lets the next VM with its home directory not have it either.
+    fn revoke(&self, name: &str) -> Result<(), RunError> {
+        let had = grants::list(&self.folder).iter().any(|record| record.name == name);
+        let revoked = self.api().and_then(|mut api| grants::revoke(&mut api, &self.folder, name));
+        let remembered = self.state.kept.as_deref().map(Remembered::of);
+        let forgotten = remembered.map_or(Ok(0), |remembered| remembered.forget(|one| one.name == name));
+        // It can be remembered and not granted: the policy may have changed.
+        if had || !matches!(forgotten, Ok(1..)) {
+            revoked?;
+        }
+        forgotten?;
         Ok(())
     }
 
