@@ -64,6 +64,39 @@ impl Place {
     }
 }
 
+/// What its user picked once is there for the next VM before the app runs, as the policy still allows, until it is forgotten.
+fn what_was_picked_is_granted_again(place: &Place) {
+    let remember = |name: &str, writable: bool| {
+        let path = fs::canonicalize(place.path("home")).unwrap().join(name);
+        fs::write(&path, "picked\n").unwrap();
+        serde_json::json!({ "name": name, "path": path, "writable": writable })
+    };
+    let files = [remember("read", false), remember("write", true), remember("denied", false)];
+    let picked = place.path("kept/homes/mine/picked.json");
+    fs::write(&picked, serde_json::json!({ "version": 1, "files": files }).to_string()).unwrap();
+    let denied = files[2]["path"].as_str().unwrap();
+    fs::write(place.path("config/spectrum/policy"), format!("files * {denied} deny\nfiles office * ask\n")).unwrap();
+    let script =
+        "cat /host/read; echo more >> /host/write; (echo more >> /host/read) 2>/dev/null; ls /host; exec sleep 1000";
+    let mut application = place.run(script);
+    application.hear("write\n");
+    let said = application.said();
+    assert!(said.contains("output:\npicked\nletter\nnotes\nread\nwrite\n"), "{said}");
+    assert_eq!(fs::read_to_string(place.path("home/write")).unwrap(), "picked\nmore\n");
+    assert_eq!(fs::read_to_string(place.path("home/read")).unwrap(), "picked\n");
+    place.spectrum(&["revoke", "sh-1", "read"]);
+    let homes: Value = serde_json::from_str(&place.spectrum(&["home", "list", "--json"])).unwrap();
+    let home = serde_json::json!({ "name": "mine", "in_use": true, "vm": "sh-1", "remembered": files[1..] });
+    assert_eq!(homes, serde_json::json!([home]));
+    let refused = place.output(&["home", "rm", "mine"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("in use by the VM sh-1: end it first"), "{refused:?}");
+    place.spectrum(&["kill", "sh-1"]);
+    drop(application);
+    place.spectrum(&["home", "forget", "mine", "write"]);
+    let (_, text) = place.run("ls /host; cat ~/work/file").wait();
+    assert_eq!(text, "letter\nnotes\ntwo\n");
+}
+
 /// The app's files are there whenever it runs, for one VM at a time, also after its launcher was killed; others do not see them.
 #[test]
 fn a_home_directory_is_kept_and_files_are_shared() {
@@ -116,6 +149,8 @@ fn a_home_directory_is_kept_and_files_are_shared() {
     let (_, text) = place.run("cat ~/work/file; ls -A ~ | grep -xc .profile").wait();
     assert_eq!(text, "two\n1\n");
 
+    what_was_picked_is_granted_again(&place);
+
     // A file that is opened is all there is, whatever the app has otherwise.
     let viewer = "command = [\"sh\", \"-c\", \"cat $0; ls -A /host ~/work\"]\nwayland = false\npersist = \"mine\"\n\
                   mime = [\"text/plain\"]\nshares = [{ path = \"~/notes\" }]\n";
@@ -123,5 +158,8 @@ fn a_home_directory_is_kept_and_files_are_shared() {
     let letter = place.path("home/letter").display().to_string();
     let opened = place.output(&["open", &letter]);
     assert_eq!(String::from_utf8_lossy(&opened.stdout), "dear\n/host:\nletter\n", "{opened:?}");
+    place.spectrum(&["home", "rm", "mine"]);
+    assert_eq!(place.spectrum(&["home", "list"]), "HOME  REMEMBERED  VM\n");
+    assert_eq!(fs::read_dir(place.path("kept/homes")).unwrap().count(), 0);
     place.spectrum(&["template", "rm", "default"]);
 }
