@@ -7,6 +7,8 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 BUILD=${SPECTRUM_BUILD:-$ROOT/build}
 # shellcheck disable=SC2034 # used by those who source this
 KERNEL_DIR=$BUILD/kernel
+# shellcheck disable=SC2034 # the same
+ORDINARY_USER=61234
 
 # say TEXT...: one line to the person who watches, kept out of the command's own output.
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }

@@ -174,7 +174,7 @@ pub enum AppCommand {
 /// Commands about templates.
 #[derive(Debug, Subcommand)]
 pub enum TemplateCommand {
-    /// Make a template from Debian packages (needs root)
+    /// Make a template from Debian packages
     Build(BuildOptions),
     /// Make a template's kernel and initramfs anew and keep its root image
     Refresh(RefreshOptions),

@@ -19,9 +19,10 @@ use crate::{
 const VM_MEMORY: u64 = 512;
 
 /// Tools with their Debian packages, and what they are needed for.
-const TOOLS: [(&str, &str, &str); 3] = [
+const TOOLS: [(&str, &str, &str); 4] = [
     ("mmdebstrap", "mmdebstrap", "to build templates"),
     ("mkfs.erofs", "erofs-utils", "to build templates"),
+    ("newuidmap", "uidmap", "to build templates without being root"),
     ("passt", "passt", "for apps with network = \"internet\""),
 ];
 
@@ -60,8 +61,6 @@ enum Kvm {
 /// What was found on the machine.
 #[derive(Debug)]
 struct Facts {
-    /// The command that makes a template.
-    build: String,
     kvm: Kvm,
     /// The VMM, or what is told without it.
     vmm: Result<PathBuf, String>,
@@ -73,7 +72,7 @@ struct Facts {
     /// The cgroup below which those of VMs can be, or why there is none.
     cgroup: Result<PathBuf, String>,
     /// Those of [`TOOLS`] that are there.
-    tools: [Option<PathBuf>; 3],
+    tools: [Option<PathBuf>; 4],
     /// MiB that can be had without swapping; none if the kernel does not tell.
     memory: Option<u64>,
 }
@@ -106,7 +105,6 @@ impl Facts {
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let runtime = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
         Self {
-            build: template::how_to_build(home),
             kvm: find_kvm(),
             vmm: options::find_vmm(env::var_os("SPECTRUM_VMM").as_deref().map(Path::new)).map_err(|e| e.to_string()),
             wayland: options::wayland_socket(None).map_err(|e| e.to_string()),
@@ -226,7 +224,7 @@ fn kvm(kvm: &Kvm) -> Check {
 }
 
 fn templates(facts: &Facts, checks: &mut Vec<Check>) {
-    let build = &facts.build;
+    let build = template::HOW_TO_BUILD;
     match &facts.templates {
         Ok((usable, damaged)) => {
             checks.push(match usable.as_slice() {
@@ -258,14 +256,13 @@ mod tests {
 
     fn good() -> Facts {
         Facts {
-            build: "sudo SPECTRUM_HOME=/home/u/kept spectrum template build default".into(),
             kvm: Kvm::Hardware,
             vmm: Ok("/bin/spectrum-vmm".into()),
             wayland: Ok("/run/wayland-0".into()),
             templates: Ok((vec!["default".into()], vec![])),
             runtime: Some("/run".into()),
             cgroup: Ok("/sys/fs/cgroup/app.slice".into()),
-            tools: [Some("/bin/mmdebstrap".into()), Some("/sbin/mkfs.erofs".into()), Some("/bin/passt".into())],
+            tools: [(); 4].map(|()| Some("/bin/tool".into())),
             memory: Some(512),
         }
     }
@@ -273,7 +270,7 @@ mod tests {
     #[test]
     fn a_good_machine_needs_nothing() {
         let checks = checks(&good());
-        assert_eq!(checks.len(), 10);
+        assert_eq!(checks.len(), 11);
         assert!(checks.iter().all(|check| check.status == Status::Ok && check.fix.is_none()), "{checks:?}");
     }
 
@@ -288,12 +285,7 @@ mod tests {
             (Facts { kvm: Kvm::Software, ..good() }, "KVM", Status::Warning, "firmware"),
             (Facts { vmm: Err("no".into()), ..good() }, "VMM", Status::Missing, "install spectrum-vmm"),
             (Facts { wayland: Err("no".into()), ..good() }, "compositor", Status::Missing, "Wayland session"),
-            (
-                Facts { templates: no(), ..good() },
-                "template",
-                Status::Missing,
-                "HOME=/home/u/kept spectrum template build",
-            ),
+            (Facts { templates: no(), ..good() }, "template", Status::Missing, "spectrum template build"),
             (
                 Facts { templates: Ok((vec![], vec![])), ..good() },
                 "template",
@@ -307,27 +299,14 @@ mod tests {
                 "template rm",
             ),
             (Facts { runtime: None, ..good() }, "runtime folder", Status::Warning, "log in"),
-            (
-                Facts { tools: [None, Some("/x".into()), Some("/x".into())], ..good() },
-                "mmdebstrap",
-                Status::Warning,
-                "install mmdebstrap",
-            ),
-            (
-                Facts { tools: [Some("/x".into()), None, Some("/x".into())], ..good() },
-                "mkfs.erofs",
-                Status::Warning,
-                "install erofs-utils",
-            ),
-            (
-                Facts { tools: [Some("/x".into()), Some("/x".into()), None], ..good() },
-                "passt",
-                Status::Warning,
-                "install passt",
-            ),
             (Facts { memory: Some(511), ..good() }, "memory", Status::Warning, "end other programs"),
         ];
-        for (facts, name, status, fix) in table {
+        let tools = TOOLS.iter().enumerate().map(|(index, (tool, package, _))| {
+            let mut facts = good();
+            facts.tools[index] = None;
+            (facts, *tool, Status::Warning, *package)
+        });
+        for (facts, name, status, fix) in table.into_iter().chain(tools) {
             let checks = checks(&facts);
             let faults: Vec<_> = checks.iter().filter(|check| check.status != Status::Ok).collect();
             let [fault] = faults.as_slice() else { panic!("{facts:?}: {faults:?}") };

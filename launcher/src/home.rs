@@ -61,11 +61,6 @@ impl Home {
         Self(path.to_owned())
     }
 
-    /// The folder itself.
-    pub fn folder(&self) -> &std::path::Path {
-        &self.0
-    }
-
     /// The folder with one folder for each template.
     pub fn templates(&self) -> PathBuf {
         self.0.join("templates")

@@ -40,7 +40,7 @@ pub enum OptionsError {
     #[error(transparent)]
     Grant(#[from] GrantError),
     #[error("there is no template yet: make one with `{0}`")]
-    NoTemplate(String),
+    NoTemplate(&'static str),
     #[error("there are several templates ({0}): name one with --template")]
     WhichTemplate(String),
     #[error("spectrum-vmm was not found next to this program or in PATH: name it with --vmm or SPECTRUM_VMM")]
@@ -188,7 +188,7 @@ fn template_name(home: &Home, named: Option<&str>) -> Result<String, OptionsErro
     }
     let mut names = template::names(home)?;
     match names.as_mut_slice() {
-        [] => Err(OptionsError::NoTemplate(template::how_to_build(home))),
+        [] => Err(OptionsError::NoTemplate(template::HOW_TO_BUILD)),
         [only] => Ok(std::mem::take(only)),
         several if several.iter().any(|name| name == DEFAULT_TEMPLATE) => Ok(DEFAULT_TEMPLATE.to_owned()),
         several => Err(OptionsError::WhichTemplate(several.join(", "))),

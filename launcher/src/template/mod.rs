@@ -9,6 +9,7 @@ pub mod import;
 mod initramfs;
 mod kernel;
 mod manifest;
+mod namespace;
 mod root;
 mod tool;
 
@@ -52,6 +53,8 @@ pub enum TemplateError {
     #[error(transparent)]
     Root(#[from] root::RootError),
     #[error(transparent)]
+    Namespace(#[from] namespace::NamespaceError),
+    #[error(transparent)]
     Initramfs(#[from] initramfs::InitramfsError),
     #[error("there is no template {0:?}: `spectrum template list` shows those there are")]
     Unknown(String),
@@ -70,6 +73,7 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> TemplateError + use<> {
 
 /// Makes a template.
 pub fn build(home: &Home, options: &BuildOptions) -> Result<(), TemplateError> {
+    namespace::enter()?;
     let target = home.template(&options.name)?;
     // What can be wrong with the command is told before anything is fetched.
     let guest = initramfs::guest_binary(options.boot.guest.as_deref())?;
@@ -183,10 +187,7 @@ pub fn open(home: &Home, name: &str) -> Result<Template, TemplateError> {
 }
 
 /// The command that makes the first one.
-pub fn how_to_build(home: &Home) -> String {
-    // sudo would look for root's home.
-    format!("sudo SPECTRUM_HOME={} spectrum template build default", home.folder().display())
-}
+pub const HOW_TO_BUILD: &str = "spectrum template build default";
 
 /// The names of all templates, sorted.
 pub fn names(home: &Home) -> Result<Vec<String>, TemplateError> {

@@ -33,7 +33,7 @@ const APPLICATIONS: &[&str] = &[
 ];
 
 /// Packages no template works without.
-const BASE: &[&str] = &["libglib2.0-bin", "procps", "xkb-data"];
+const BASE: &[&str] = &["libglib2.0-bin", "passwd", "procps", "xkb-data"];
 
 /// The time of every file, in seconds since 1970.
 const EPOCH: i64 = 1_704_067_200;
@@ -93,9 +93,6 @@ pub enum RootError {
     /// A tool failed.
     #[error(transparent)]
     Tool(#[from] ToolError),
-    /// Only root can make files of several owners.
-    #[error("building a template needs root: its files have several owners")]
-    NotRoot,
     /// A package name that is none.
     #[error("{0:?} is not a package name")]
     Package(String),
@@ -144,11 +141,9 @@ impl Source<'_> {
         }
     }
 
-    /// Installs the packages into the new folder `tree` and gives them with their versions.
+    /// Installs the packages into the new folder `tree` and gives them with their versions. This process must be allowed to make files of
+    /// several owners.
     pub fn install(&self, tree: &Path, progress: &Progress) -> Result<BTreeMap<String, String>, RootError> {
-        if !rustix::process::geteuid().is_root() {
-            return Err(RootError::NotRoot);
-        }
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         let packages = self.packages()?;
         Tool::new("mmdebstrap")

@@ -54,6 +54,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("mkfs.erofs", "erofs-utils"),
     ("mmdebstrap", "mmdebstrap"),
     ("modprobe", "kmod"),
+    ("unshare", "util-linux"),
     ("xz", "xz-utils"),
     ("zstd", "zstd"),
 ];
