@@ -94,6 +94,16 @@ impl Desktop {
         let _ = self.output("wtype", &["-d", "20", text, "-k", "Return"]);
     }
 
+    /// Presses keys, as wtype(1) takes them, in the window that has the focus; [`Desktop::plug_keyboard`] first.
+    ///
+    /// # Panics
+    /// If there is no wtype.
+    pub fn press(&self, keys: &[&str]) {
+        // GTK 3 finds no key that is the last of its keymap (gdk_wayland_keymap_get_entries_for_keyval), and wtype makes a keymap of the
+        // keys that it is to press.
+        let _ = self.output("wtype", &[&["-d", "20"], keys, &["-k", "Shift_R"]].concat());
+    }
+
     /// Runs a command of sway(5).
     ///
     /// # Panics

@@ -6,7 +6,7 @@
 //!   kernel command line and prints what came of them; or any other program.
 //! * [`tiny`] is a guest of a few bytes for tests that need a running machine and no Linux.
 //! * [`desktop`] is a headless compositor, and applications in VMs of their own on it.
-//! * [`session`] is a session bus of the host, with the desktop's portals.
+//! * [`session`] is a session bus of the host, with the desktop's portals, and [`dialog`] is what they show.
 //! * [`shell`] is a guest that does what is typed.
 //! * [`agent`] is a VM of the template whose agent the test speaks to itself.
 //! * [`zygote`] makes clones, and ends them.
@@ -19,6 +19,7 @@
 pub mod agent;
 pub mod curl;
 pub mod desktop;
+pub mod dialog;
 mod initramfs;
 pub mod journal;
 mod output;

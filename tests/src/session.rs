@@ -26,6 +26,11 @@ impl Session {
     pub fn new(desktop: &Desktop) -> Self {
         let directory = tempfile::Builder::new().prefix("bus").tempdir().expect("there is room for files");
         std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o700)).expect("our directory");
+        // What is on the screen changes when something happens, and only then.
+        let settings = directory.path().join(".config/glib-2.0/settings");
+        std::fs::create_dir_all(&settings).expect("our directory");
+        let still = "[org/gnome/desktop/interface]\ncursor-blink=false\nenable-animations=false\n";
+        std::fs::write(settings.join("keyfile"), still).expect("our directory");
         let socket = directory.path().join("bus");
         let mut bus = Command::new("dbus-daemon")
             .args(["--session", "--nofork", "--nopidfile", "--nosyslog", "--print-address"])
@@ -37,7 +42,7 @@ impl Session {
             .env("XDG_CURRENT_DESKTOP", "GNOME")
             .env("WAYLAND_DISPLAY", desktop.wayland())
             .env("GDK_BACKEND", "wayland")
-            .env("GSETTINGS_BACKEND", "memory")
+            .env("GSETTINGS_BACKEND", "keyfile")
             .env("GIO_USE_VFS", "local")
             .env("NO_AT_BRIDGE", "1")
             .env("LANG", "C.UTF-8")
