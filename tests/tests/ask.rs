@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use tests::{
     Output, TIMEOUT,
     desktop::{Desktop, Owner},
+    dialog::Dialog,
     programs,
 };
 
@@ -116,4 +117,21 @@ fn one_question_at_a_time_and_it_goes_with_its_time() {
     assert_eq!((status, desktop.windows().len()), (Some(1), 1));
     let (text, _) = first.end();
     assert!(text.ends_with("; the user did not answer in 20 s\n"), "{text}");
+}
+
+#[test]
+fn a_question_is_answered_by_key() {
+    let mut desktop = Desktop::new();
+    desktop.plug_keyboard();
+    let user = User::new("exec mail vault:* ask\n");
+    // "Deny" comes before "Allow".
+    for (tabs, expected, code) in [(2, "allow", 0), (1, "deny", 1)] {
+        let mut decision = user.decide(&desktop, "300", "mail", "vault:ssh-agent");
+        let dialog = Dialog::wait(&mut desktop, &mut decision);
+        (0..tabs).for_each(|_| dialog.press(&["-k", "Tab"]));
+        dialog.end(&["-k", "Return"]);
+        let (text, status) = decision.end();
+        assert!(text.starts_with(&format!("{expected}\t")), "{text}");
+        assert_eq!(status, Some(code));
+    }
 }
