@@ -138,7 +138,7 @@ impl Backend {
     /// Asks the user, which takes time.
     fn choose(self: Arc<Self>, call: &Message, method: Method) -> zbus::Result<()> {
         type Arguments = (OwnedObjectPath, String, String, String, Options);
-        let (handle, _, _, title, options) = match call.body().deserialize::<Arguments>() {
+        let (handle, _, window, title, options) = match call.body().deserialize::<Arguments>() {
             Ok(arguments) => arguments,
             Err(error) => return self.refuse(call, INVALID_ARGUMENTS, &error.to_string()),
         };
@@ -153,7 +153,8 @@ impl Backend {
         let call = call.clone();
         let backend = self.clone();
         let started = thread::Builder::new().name("dialog".into()).spawn(move || {
-            let result = chooser::choose(&backend.portals, &desktop, &backend.root, method, &title, options);
+            let asked = (&*window, &*title);
+            let result = chooser::choose(&backend.portals, &desktop, &backend.root, method, asked, options);
             backend.withdraw(&handle);
             let reply = match result {
                 Ok(Some(results)) => (DONE, results),

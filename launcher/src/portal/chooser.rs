@@ -4,7 +4,7 @@ use zbus::zvariant::{DeserializeDict, SerializeDict, Type};
 
 use super::{
     Portals,
-    desktop::{Answer, Desktop, DesktopError, TOKEN},
+    desktop::{self, Answer, Desktop, DesktopError, TOKEN},
     files::{self, Access, FilesError, Place},
     text::{shown, title},
 };
@@ -151,17 +151,19 @@ fn file_name(mut name: Vec<u8>) -> Option<Vec<u8>> {
     (!wrong && !text.iter().any(|byte| *byte == b'/' || byte.is_ascii_control())).then_some(name)
 }
 
-/// Lets the user pick, and grants what was picked. None if the user did not want to.
+/// Lets the user pick, and grants what was picked. None if the user did not want to. `window` and `asked` are the guest's: what the dialog
+/// belongs to, and its title.
 pub fn choose(
     portals: &Portals,
     desktop: &Desktop,
     root: &str,
     method: Method,
-    asked: &str,
+    (window, asked): (&str, &str),
     options: Options,
 ) -> Result<Option<Results>, ChooserError> {
     let title = title(portals.app(), asked);
-    let answer = desktop.request::<Results>(DESKTOP, method.name(), &title, &options.checked(method))?;
+    let window = desktop::parent(window);
+    let answer = desktop.request::<Results>(DESKTOP, method.name(), window, &title, &options.checked(method))?;
     let mut results = match answer {
         Answer::Done(results) => results,
         Answer::Cancelled => return Ok(None),

@@ -22,6 +22,9 @@ const REQUEST: &str = "org.freedesktop.portal.Request";
 /// The last part of the names of requests. Each has a connection of its own, so one will do.
 pub const TOKEN: &str = "spectrum";
 
+/// Longest handle of a window, in bytes. wlroots' and KWin's have 36 and 38, mutter's 32.
+const LONGEST_HANDLE: usize = 64;
+
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum DesktopError {
@@ -85,12 +88,13 @@ impl Desktop {
         Ok(self.connection.call_method(Some(NAME), PATH, Some(interface), method, body)?)
     }
 
-    /// Calls a method that has a dialog, and waits for what the user does. `subject` is its second argument, after the window it
-    /// belongs to: a title, or what it is about. `options` have [`TOKEN`] as their handle_token.
+    /// Calls a method that has a dialog, and waits for what the user does. `window` is what [`parent`] gives, or nothing, and `subject`
+    /// the argument after it: a title, or what it is about. `options` have [`TOKEN`] as their handle_token.
     pub fn request<R>(
         &self,
         interface: &str,
         method: &str,
+        window: &str,
         subject: &str,
         options: &(impl Serialize + Type),
     ) -> Result<Answer<R>, DesktopError>
@@ -102,7 +106,7 @@ impl Desktop {
         let bus = DBusProxy::new(&self.connection)?;
         let rule = format!("type='signal',member='NameOwnerChanged',arg0='{NAME}'");
         bus.add_match_rule(rule.as_str().try_into()?)?;
-        let reply = self.call(interface, method, &("", subject, options))?;
+        let reply = self.call(interface, method, &(window, subject, options))?;
         let handle: OwnedObjectPath = reply.body().deserialize()?;
         for message in messages {
             let Ok(message) = message else { break };
@@ -132,5 +136,47 @@ impl Desktop {
             }
         }
         Err(DesktopError::Withdrawn)
+    }
+}
+
+/// The window that a dialog belongs to, as a guest names it, if the desktop's compositor can have named it so; else none. wlroots and KWin
+/// give UUIDs, KWin with braces, and mutter any printable ASCII.
+pub fn parent(named: &str) -> &str {
+    let handle = named.strip_prefix("wayland:").unwrap_or_default();
+    let right = (1..=LONGEST_HANDLE).contains(&handle.len()) && handle.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+    if right { named } else { "" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_is_one_of_the_compositor_or_none() {
+        let longest = format!("wayland:{}", "h".repeat(LONGEST_HANDLE));
+        for window in [
+            "wayland:0b3d6ff2-5f31-4d6c-8b6a-0f1d0c7f9a11",
+            "wayland:{0b3d6ff2-5f31-4d6c-8b6a-0f1d0c7f9a11}",
+            "wayland:k ~\"/:%$()<>\\'",
+            &longest,
+        ] {
+            assert_eq!(parent(window), window);
+        }
+        let long = format!("{longest}h");
+        for window in [
+            "",
+            "x11:",
+            "x11:3a00007",
+            "wayland",
+            "wayland:",
+            "Wayland:a",
+            " wayland:a",
+            "wayland:a\n",
+            "wayland:\u{e4}",
+            "wayland:a\u{7f}",
+            &long,
+        ] {
+            assert_eq!(parent(window), "", "{window:?}");
+        }
     }
 }

@@ -53,7 +53,8 @@ pub fn open(portals: &Portals, desktop: &Desktop, uri: &str) -> Result<(), OpenE
         return Err(OpenError::Denied(uri));
     }
     let options = Options { handle_token: TOKEN.into() };
-    match desktop.request::<Results>(DESKTOP, "OpenURI", &uri, &options)? {
+    // The guest's handler of addresses is not told whose window it was.
+    match desktop.request::<Results>(DESKTOP, "OpenURI", "", &uri, &options)? {
         Answer::Done(_) | Answer::Cancelled => Ok(()),
         Answer::Other => Err(OpenError::NotOpened),
     }

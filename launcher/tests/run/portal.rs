@@ -97,13 +97,18 @@ impl Desktop {
         call
     }
 
-    /// The next request: title and options. The dialog is open then.
-    pub fn asked(&self, method: &str) -> (String, Dict, Message) {
+    /// The next request, of a window or of none: title and options. The dialog is open then.
+    fn asked_by(&self, window: &str, method: &str) -> (String, Dict, Message) {
         let call = self.called(method);
-        let (window, title, options): (String, String, Dict) = call.body().deserialize().unwrap();
-        assert_eq!(window, "");
+        let (by, title, options): (String, String, Dict) = call.body().deserialize().unwrap();
+        assert_eq!(by, window);
         self.connection.reply(&call.header(), &Self::handle(&call)).unwrap();
         (title, options, call)
+    }
+
+    /// The next request, of no window.
+    pub fn asked(&self, method: &str) -> (String, Dict, Message) {
+        self.asked_by("", method)
     }
 
     fn handle(call: &Message) -> ObjectPath<'static> {
@@ -205,9 +210,19 @@ impl Stage {
         path
     }
 
-    /// Calls the back-end as the guest's xdg-desktop-portal does.
+    /// Calls the back-end as the guest's xdg-desktop-portal does, for no window.
     pub fn ask(
         &self,
+        method: &'static str,
+        handle: &str,
+        options: HashMap<&str, Value<'_>>,
+    ) -> JoinHandle<(u32, Dict)> {
+        self.ask_by("", method, handle, options)
+    }
+
+    fn ask_by(
+        &self,
+        window: &'static str,
         method: &'static str,
         handle: &str,
         options: HashMap<&str, Value<'_>>,
@@ -217,7 +232,7 @@ impl Stage {
             (self.client.clone(), ObjectPath::try_from(format!("{PATH}/request/{handle}")).unwrap().into_owned());
         thread::spawn(move || {
             let interface = Some("org.freedesktop.impl.portal.FileChooser");
-            let body = (handle, "app.id", "", "Pick\u{202e}", options);
+            let body = (handle, "app.id", window, "Pick\u{202e}", options);
             client.call_method(Some(BACKEND), PATH, interface, method, &body).unwrap().body().deserialize().unwrap()
         })
     }
@@ -385,6 +400,19 @@ fn a_dialog_ends_when_the_user_the_application_or_the_desktop_ends_it() {
     desktop.answer(&desktop.asked("OpenFile").2, 1, &[], &[]);
     assert_eq!(asking.join().unwrap().0, 1);
     assert!(stage.api.try_recv().is_err(), "nothing was granted");
+}
+
+#[test]
+fn a_dialog_belongs_to_the_window_that_asked() {
+    let stage = Stage::new("files * * ask\n");
+    let desktop = Desktop::start(&stage.desktop_bus);
+    let uuid = "wayland:0b3d6ff2-5f31-4d6c-8b6a-0f1d0c7f9a11";
+    for (window, heard) in [(uuid, uuid), ("x11:3a00007", ""), ("wayland:\n", ""), ("nonsense", "")] {
+        let asking = stage.ask_by(window, "OpenFile", "a", HashMap::new());
+        let (_, _, call) = desktop.asked_by(heard, "OpenFile");
+        desktop.answer(&call, 1, &[], &[]);
+        assert_eq!(asking.join().unwrap().0, 1);
+    }
 }
 
 #[test]
