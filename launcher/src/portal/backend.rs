@@ -20,7 +20,7 @@ use super::{
     Portals,
     chooser::{self, Method, Options, Results},
     desktop::{Desktop, DesktopError},
-    notify::{self, Notification},
+    notify::{self, Notification, NotifyError},
     open,
     settings::{self, Settings},
 };
@@ -267,7 +267,11 @@ impl Backend {
             Ok(arguments) => arguments,
             Err(error) => return self.refuse(call, INVALID_ARGUMENTS, &error.to_string()),
         };
-        let desktop = self.desktop().map_err(notify::NotifyError::from);
+        // Before there is anything that is written down: who sends many shall not fill logs either.
+        if let Err(error) = self.portals.notifications.admit(self.portals.app()) {
+            return self.refuse(call, FAILURE, &error.to_string());
+        }
+        let desktop = self.desktop().map_err(NotifyError::from);
         let done = desktop.and_then(|desktop| notify::add(&self.portals, &desktop, (&app_id, &id), notification));
         self.done(call, done)
     }
@@ -277,7 +281,7 @@ impl Backend {
             Ok(arguments) => arguments,
             Err(error) => return self.refuse(call, INVALID_ARGUMENTS, &error.to_string()),
         };
-        let desktop = self.desktop().map_err(notify::NotifyError::from);
+        let desktop = self.desktop().map_err(NotifyError::from);
         self.done(call, desktop.and_then(|desktop| notify::remove(&desktop, (&app_id, &id))))
     }
 

@@ -78,6 +78,8 @@ pub struct Portals {
     point: Arc<DecisionPoint>,
     vm: Vm,
     files: Files,
+    /// Of all its buses: a new one is no new allowance.
+    notifications: notify::Limit,
     buses: AtomicUsize,
 }
 
@@ -87,7 +89,8 @@ impl Portals {
         let files = Files::new(vm.api.clone(), vm.folder.clone(), remembered);
         files.restore(&point);
         let listener = UnixListener::bind(&vm.offers)?;
-        let portals = Arc::new(Self { point, vm, files, buses: AtomicUsize::new(0) });
+        let portals =
+            Arc::new(Self { point, vm, files, notifications: notify::Limit::new(), buses: AtomicUsize::new(0) });
         thread::Builder::new().name("portals".into()).spawn(move || {
             for stream in listener.incoming() {
                 let Ok(stream) = stream else { break };

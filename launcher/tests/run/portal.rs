@@ -10,7 +10,7 @@ use std::{
         mpsc::{self, Receiver},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use guest_proto::portal::{self, Offer};
@@ -474,6 +474,37 @@ fn what_needs_no_file() {
     let read = reading.join().unwrap();
     assert_eq!((read.len(), read["org.freedesktop.appearance"].len()), (1, 1));
     assert_eq!(read["org.freedesktop.appearance"]["color-scheme"], OwnedValue::from(1_u32));
+}
+
+#[test]
+fn notifications_are_limited_and_withdrawing_is_not() {
+    let stage = Stage::new("notify * * allow\n");
+    let desktop = Desktop::start(&stage.desktop_bus);
+    let client = stage.client.clone();
+    let began = Instant::now();
+    let notifying = thread::spawn(move || {
+        let notify = Some("org.freedesktop.impl.portal.Notification");
+        let call =
+            |method, body: &(&str, &str, Dict)| client.call_method(Some(BACKEND), PATH, notify, method, body).is_ok();
+        let shown = (0..200).filter(|_| call("AddNotification", &("app.id", "1", Dict::new()))).count();
+        for _ in 0..20 {
+            client.call_method(Some(BACKEND), PATH, notify, "RemoveNotification", &("app.id", "1")).unwrap();
+        }
+        shown
+    });
+    let (mut added, mut removed) = (0, 0);
+    while removed < 20 {
+        let call = desktop.calls.recv_timeout(TIME).unwrap();
+        match call.header().member().unwrap().as_str() {
+            "AddNotification" => added += 1,
+            "RemoveNotification" => removed += 1,
+            other => panic!("{other}"),
+        }
+        desktop.connection.reply(&call.header(), &()).unwrap();
+    }
+    assert_eq!(notifying.join().unwrap() as u64, added);
+    let most = 10 + began.elapsed().as_secs() / 2;
+    assert!((10..=most).contains(&added), "{added}");
 }
 
 #[test]
