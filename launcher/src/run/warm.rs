@@ -32,6 +32,7 @@ use super::{RunError, folder, io_error, network::UNCONNECTED, options::Settings,
 use crate::{
     apps::Network,
     home::{Home, HomeError},
+    progress::Bar,
     template::{self, Template},
 };
 
@@ -103,6 +104,8 @@ impl Warm {
         }
         if !self.snapshot.join(SNAPSHOT).exists() {
             tell("this template is not warm yet: booting and saving it, once");
+            let bar = Bar::new();
+            bar.begin("booting and saving it, once");
             self.save(settings, signals)?;
         }
         let started = self.start(&settings.vmm);

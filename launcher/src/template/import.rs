@@ -18,6 +18,7 @@ use crate::{
     },
     home::{Home, HomeError},
     places::Places,
+    progress::Bar,
     text::{self, TextError},
 };
 
@@ -84,8 +85,12 @@ pub fn import(home: &Home, places: &Places, from: &Path, name: Option<&str>) -> 
     let work = work_folder(home)?;
     let made = work.path().join("template");
     fs::create_dir_all(made.join(DISKS)).map_err(file_error(&made))?;
-    let copy =
-        |file: &str| fs::copy(from.join(file), made.join(file)).map_err(|error| refused(&from.join(file), error));
+    let bar = Bar::new();
+    let copy = |file: &str| {
+        let (from, to) = (from.join(file), made.join(file));
+        let bytes = fs::metadata(&from).map_or(0, |data| data.len());
+        bar.writing(&to, bytes, || fs::copy(&from, &to)).map_err(|error| refused(&from, error))
+    };
     copy(VMLINUX)?;
     found.disks.iter().try_for_each(|disk| copy(disk).map(drop))?;
     fs::create_dir(made.join(CONFIG)).map_err(file_error(&made))?;
@@ -95,7 +100,7 @@ pub fn import(home: &Home, places: &Places, from: &Path, name: Option<&str>) -> 
     let mut manifest = Manifest::new(ORIGIN, "its own", [].into());
     manifest.disks.clone_from(&found.disks);
     let files: Vec<&str> = found.disks.iter().map(String::as_str).chain([VMLINUX]).collect();
-    manifest.write(&made, &files).map_err(file_error(&made))?;
+    manifest.write(&made, &files, &bar).map_err(file_error(&made))?;
     put_in_place(&made, &target, work.path())?;
     if let Err(error) = text::write_new(&app_path, &text) {
         // Just made by us, and in the way of the next attempt.

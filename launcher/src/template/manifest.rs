@@ -10,6 +10,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::progress::Bar;
+
 /// Name of the file in the template's folder.
 pub const FILE: &str = "template.json";
 
@@ -46,8 +48,8 @@ pub struct FileEntry {
 }
 
 impl FileEntry {
-    /// Describes a file.
-    pub fn of(path: &Path) -> io::Result<Self> {
+    /// Describes a file. Its bytes are counted on `bar`.
+    fn of(path: &Path, bar: &Bar) -> io::Result<Self> {
         let mut file = File::open(path)?;
         let mut hash = Sha256::new();
         let mut buffer = vec![0; 1024 * 1024];
@@ -59,6 +61,7 @@ impl FileEntry {
             }
             hash.update(buffer.get(..count).unwrap_or_default());
             bytes += count as u64;
+            bar.advance(count as u64);
         }
         let sha256 = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self { bytes, sha256 })
@@ -89,10 +92,13 @@ impl Manifest {
         }
     }
 
-    /// Describes the files in `folder` and writes the manifest beside them.
-    pub fn write(&mut self, folder: &Path, files: &[&str]) -> io::Result<()> {
-        for name in files {
-            self.files.insert((*name).into(), FileEntry::of(&folder.join(name))?);
+    /// Describes the files in `folder`, which takes long, and writes the manifest beside them.
+    pub fn write(&mut self, folder: &Path, files: &[&str], bar: &Bar) -> io::Result<()> {
+        let paths: Vec<_> = files.iter().map(|name| folder.join(name)).collect();
+        let sizes = paths.iter().flat_map(fs::metadata).map(|data| data.len());
+        bar.begin_bytes("hashing", sizes.fold(0, u64::saturating_add));
+        for (name, path) in files.iter().zip(&paths) {
+            self.files.insert((*name).into(), FileEntry::of(path, bar)?);
         }
         let mut text = serde_json::to_vec_pretty(self)?;
         text.push(b'\n');
@@ -117,13 +123,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("a"), "abc").unwrap();
         let mut manifest = Manifest::new("trixie", "6.12", [("foot".to_owned(), "1.21".to_owned())].into());
-        manifest.write(folder.path(), &["a"]).unwrap();
+        manifest.write(folder.path(), &["a"], &Bar::new()).unwrap();
         let read = Manifest::read(folder.path()).unwrap();
         assert_eq!(read, manifest);
         assert_eq!(read.files["a"].bytes, 3);
         assert_eq!(read.files["a"].sha256, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
         manifest.version = 2;
-        manifest.write(folder.path(), &[]).unwrap();
+        manifest.write(folder.path(), &[], &Bar::new()).unwrap();
         assert!(Manifest::read(folder.path()).unwrap_err().to_string().contains("build the template anew"));
     }
 

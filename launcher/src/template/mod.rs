@@ -92,11 +92,11 @@ pub fn build(home: &Home, options: &BuildOptions) -> Result<(), TemplateError> {
     root::normalise(&tree)?;
     let made = work.path().join("template");
     fs::create_dir(&made).map_err(file_error(&made))?;
-    root::write_image(&tree, &made.join(ROOT))?;
+    root::write_image(&tree, &made.join(ROOT), progress.bar())?;
     progress.step("kernel image and initramfs");
     let mut manifest = Manifest::new(&options.suite, &kernel.release, packages);
     add_boot_files(&made, &kernel, &guest)?;
-    manifest.write(&made, &FILES).map_err(file_error(&made))?;
+    manifest.write(&made, &FILES, progress.bar()).map_err(file_error(&made))?;
     put_in_place(&made, &target, work.path())?;
     progress.finish(&format!("template {} is in {}", options.name, target.display()));
     Ok(())
@@ -121,7 +121,7 @@ pub fn refresh(home: &Home, options: &RefreshOptions) -> Result<(), TemplateErro
     fs::hard_link(folder.join(ROOT), made.join(ROOT)).map_err(file_error(&made))?;
     add_boot_files(&made, &kernel, &guest)?;
     manifest.kernel = kernel.release;
-    manifest.write(&made, &FILES).map_err(file_error(&made))?;
+    manifest.write(&made, &FILES, progress.bar()).map_err(file_error(&made))?;
     put_in_place(&made, &folder, work.path())?;
     progress.finish(&format!("template {} is in {}", options.name, folder.display()));
     Ok(())

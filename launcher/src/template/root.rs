@@ -17,7 +17,7 @@ use super::{
     manifest::installed_packages,
     tool::{Tool, ToolError},
 };
-use crate::progress::Progress;
+use crate::progress::{Bar, Progress};
 
 /// Packages of every template that is not asked to be minimal.
 const APPLICATIONS: &[&str] = &[
@@ -40,6 +40,9 @@ const EPOCH: i64 = 1_704_067_200;
 
 /// Identity of the file system: fixed, because the manifest's hash is the better identity.
 const UUID: &str = "6d0f39a4-8c1b-4c5e-9d3e-5a1f0c7b2e64";
+
+/// Size of the image's blocks, in bytes.
+const BLOCK: u64 = 4096;
 
 /// Size the image is padded to, in bytes: what a pmem device is made of.
 const ALIGNMENT: u64 = 2 * 1024 * 1024;
@@ -157,7 +160,7 @@ impl Source<'_> {
             .env("SOURCE_DATE_EPOCH", EPOCH.to_string())
             .watch(|line| {
                 if let Some(text) = line.strip_prefix("I: ") {
-                    progress.note(text);
+                    progress.at(text);
                 }
             })?;
         let status = tree.join("var/lib/dpkg/status");
@@ -238,14 +241,20 @@ fn set_times(tree: &Path) -> Result<(), RootError> {
 }
 
 /// Makes the image from the tree.
-pub fn write_image(tree: &Path, image: &Path) -> Result<(), RootError> {
+pub fn write_image(tree: &Path, image: &Path, bar: &Bar) -> Result<(), RootError> {
+    let mut bytes: u64 = 0;
+    walk(tree, &mut |_, data| {
+        // A file of several names is there once.
+        bytes = bytes.saturating_add(data.len().next_multiple_of(BLOCK) / data.nlink().max(1));
+        Ok(())
+    })?;
     // No inline tails: only whole blocks can be mapped directly, and all files shall be. No extended attributes: file
     // capabilities and lists of access rights have no use for one user.
-    Tool::new("mkfs.erofs")
+    let tool = Tool::new("mkfs.erofs")
         .args(["--quiet", "-x-1", "-Enoinline_data", &format!("-T{EPOCH}"), &format!("-U{UUID}")])
         .arg(image)
-        .arg(tree)
-        .run()?;
+        .arg(tree);
+    bar.writing(image, bytes, || tool.run())?;
     let file = OpenOptions::new().write(true).open(image).map_err(file_error(image))?;
     let size = file.metadata().map_err(file_error(image))?.len();
     file.set_len(size.next_multiple_of(ALIGNMENT)).map_err(file_error(image))
@@ -289,7 +298,7 @@ mod tests {
             }
             normalise(&tree).unwrap();
             let image = folder.path().join(format!("{name}.erofs"));
-            write_image(&tree, &image).unwrap();
+            write_image(&tree, &image, &Bar::new()).unwrap();
             images.push(fs::read(image).unwrap());
         }
         assert_eq!(images[0].len() as u64 % ALIGNMENT, 0);

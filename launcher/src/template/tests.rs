@@ -1,6 +1,7 @@
 //! Tests of the template folder; the parts have their own.
 
 use super::*;
+use crate::progress::Bar;
 
 fn template(home: &Home, name: &str) -> PathBuf {
     let folder = home.template(name).unwrap();
@@ -8,7 +9,7 @@ fn template(home: &Home, name: &str) -> PathBuf {
     for file in FILES {
         fs::write(folder.join(file), file).unwrap();
     }
-    Manifest::new("trixie", "6.12", [].into()).write(&folder, &FILES).unwrap();
+    Manifest::new("trixie", "6.12", [].into()).write(&folder, &FILES, &Bar::new()).unwrap();
     folder
 }
 
