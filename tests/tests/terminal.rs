@@ -1,4 +1,4 @@
-//! A shell in a VM has the user's terminal, and the user gets it back.
+//! The user's terminal: a shell in a VM has it and gives it back, and long work shows a bar on it.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
+use tempfile::TempDir;
 use tests::desktop::Application;
 use tests::{agent, programs};
 
@@ -72,12 +73,18 @@ impl Screen {
     }
 }
 
-#[test]
-fn a_shell_has_a_terminal_and_gives_it_back() {
+/// A home with the template in it, and a runtime folder.
+fn place() -> (TempDir, TempDir) {
     let home = tempfile::tempdir().unwrap();
     fs::create_dir(home.path().join("templates")).unwrap();
     symlink(agent::template(), home.path().join("templates/default")).unwrap();
     let runtime = tempfile::Builder::new().prefix("rt").tempdir().unwrap();
+    (home, runtime)
+}
+
+#[test]
+fn a_shell_has_a_terminal_and_gives_it_back() {
+    let (home, runtime) = place();
     let settings: [(&str, &Path); 2] = [("SPECTRUM_HOME", home.path()), ("XDG_RUNTIME_DIR", runtime.path())];
     let options = ["--boot", "--template", "default", "--name", "vm"];
     let mut application = Application::start_with(None, &options, &settings, &["sh", "-c", "echo up; exec sleep 1000"]);
@@ -125,4 +132,27 @@ fn a_shell_has_a_terminal_and_gives_it_back() {
     tell("-TERM", &program);
     assert_eq!(program.wait().unwrap().code(), Some(143));
     assert!(screen.is_cooked(), "it was given back");
+}
+
+#[test]
+fn a_template_is_warmed_beside_a_spinner() {
+    let (home, runtime) = place();
+    let settings: [(&str, &Path); 2] = [("SPECTRUM_HOME", home.path()), ("XDG_RUNTIME_DIR", runtime.path())];
+    let mut screen = Screen::new();
+    screen.resize(24, 100);
+    let mut command = Command::new("sh");
+    command.args(["-c", "\"$0\" template warm default; echo status $?."]).arg(programs::program("spectrum"));
+    command.envs(settings);
+    let mut warming = screen.give_to(command);
+    let what = "booting and saving it, once";
+    screen.hear(&format!("spectrum: this template is not warm yet: {what}\r\n"));
+    for _ in 0..2 {
+        screen.hear(&format!("s {what}"));
+    }
+    screen.hear("\r\x1b[2Kstatus 0.");
+    assert!(warming.wait().unwrap().success());
+    // The zygote ends with it.
+    let removed =
+        Command::new(programs::program("spectrum")).args(["template", "rm", "default"]).envs(settings).status();
+    assert!(removed.unwrap().success());
 }
