@@ -170,6 +170,10 @@ impl Vcpu for FakeVcpu {
         Ok(())
     }
 
+    fn pre_fault(&mut self, _: u64, _: u64) -> Result<bool, Error> {
+        Ok(false)
+    }
+
     fn save(&self) -> Result<VcpuState, Error> {
         Ok(VcpuState::default())
     }

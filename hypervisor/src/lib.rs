@@ -224,6 +224,13 @@ pub trait Vcpu: Send {
     /// If the hypervisor fails.
     fn complete_access(&mut self, handler: &mut dyn ExitHandler) -> Result<(), Error>;
 
+    /// Enters `len` bytes of guest memory from `start` on into the hypervisor's page tables, as the guest's first look at each page would
+    /// (KVM_PRE_FAULT_MEMORY); both are multiples of the page size. False if the hypervisor cannot do that.
+    ///
+    /// # Errors
+    /// If there is no memory.
+    fn pre_fault(&mut self, start: u64, len: u64) -> Result<bool, Error>;
+
     /// The state of a vCPU that is not running and has no access left half done.
     ///
     /// # Errors

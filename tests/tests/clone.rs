@@ -164,7 +164,8 @@ fn requests_that_make_no_sense_are_refused() {
     assert!(refusal(&["serial"], 0).contains("0 descriptors came along, and 1 were announced"));
     assert!(refusal(&["serial", "serial"], 2).contains("the same purpose"));
     assert!(
-        refusal(&["_gpu0"], 1).contains("a descriptor is for _gpu0, and a clone has _rng, api, console, owner, serial")
+        refusal(&["_gpu0"], 1)
+            .contains("a descriptor is for _gpu0, and a clone has _rng, api, console, owner, serial, working-set")
     );
     let info = client.send(&Request::VmInfo).unwrap_err().to_string();
     assert!(info.contains("a zygote does not answer vm.info"), "{info}");
@@ -255,13 +256,16 @@ fn clones_can_have_the_working_set_beforehand() {
     let directory = keep.path().join("snapshot");
     counter(&directory);
     let (_zygote, mut client) = zygote::start(&directory);
-    let api = |client: &mut Client, paused: bool| {
+    let list = directory.join("working-set.json");
+    let api = |client: &mut Client, paused: bool, told: Option<&Path>| {
         let path = keep.path().join("clone-api");
         let socket = OwnedFd::from(UnixListener::bind(&path).unwrap());
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
-        let fds = ["api", "serial"].map(String::from).into();
+        let told = told.map(|list| File::open(list).unwrap());
+        let fds = ["api", "serial"].into_iter().chain(told.iter().map(|_| "working-set")).map(String::from).collect();
         let config = CloneConfig { fds, paused, ..CloneConfig::default() };
-        let info = client.clone_vm(config, &[socket.as_fd(), write.as_fd()]).unwrap();
+        let fds: Vec<_> = [socket.as_fd(), write.as_fd()].into_iter().chain(told.iter().map(File::as_fd)).collect();
+        let info = client.clone_vm(config, &fds).unwrap();
         drop(write);
         let mut output = BufReader::new(File::from(read));
         if !paused {
@@ -273,10 +277,10 @@ fn clones_can_have_the_working_set_beforehand() {
         own.ping().unwrap();
         (Pid::from_raw(i32::try_from(info.pid).unwrap()).unwrap(), own, output)
     };
-    let (fresh, _, _) = api(&mut client, true);
+    let (fresh, _, _) = api(&mut client, true, None);
     let (few, none) = resident(fresh);
     zygote::end(fresh);
-    let (pid, mut own, _output) = api(&mut client, false);
+    let (pid, mut own, _output) = api(&mut client, false, None);
     let to = SnapshotConfig { destination_url: format!("file://{}", directory.display()) };
     let record = |own: &mut Client| own.send(&Request::VmWorkingSet(to.clone()));
     own.send(&Request::VmPause).unwrap();
@@ -284,13 +288,22 @@ fn clones_can_have_the_working_set_beforehand() {
     assert!(read > few && written >= none, "{read} and {written} KiB after {few} and {none}");
     record(&mut own).unwrap();
     zygote::end(pid);
+    // One that is told what it will need.
+    let (pid, _, _) = api(&mut client, true, Some(&list));
+    let (before, copies) = resident(pid);
+    assert!(copies >= written && before >= read, "{before} and {copies} KiB, {read} and {written} recorded");
+    zygote::end(pid);
+    // What cannot be read is no harm.
+    let (pid, _, mut output) = api(&mut client, false, Some(Path::new("/dev/null")));
+    first_tick(&mut output);
+    zygote::end(pid);
     let (_zygote, mut client) = zygote::start_with(&directory, ",prefault=on");
-    let (pid, _, _) = api(&mut client, true);
+    let (pid, _, _) = api(&mut client, true, None);
     let (before, copies) = resident(pid);
     assert!(copies >= written && before >= read, "{before} and {copies} KiB, {read} and {written} recorded");
     zygote::end(pid);
     // A list that is about something else is refused by its name.
-    std::fs::write(directory.join("working-set.json"), "{}").unwrap();
+    std::fs::write(&list, "{}").unwrap();
     let flag =
         format!("source_url=file://{},socket={},prefault=on", directory.display(), keep.path().join("z").display());
     let refused = VmmCommand::new().arg("--zygote", flag).run();

@@ -45,6 +45,28 @@ impl Place {
         entries.map(|entry| entry.path()).filter(|path| path.to_string_lossy().contains("/zygote-")).collect()
     }
 
+    /// The list of what an app touched, as soon as there is one.
+    fn wait_for_working_set(&self) -> PathBuf {
+        let folders = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+        let find = || {
+            let all = folders(&self.home.path().join("warm"))
+                .flat_map(|warm| folders(&warm.join("apps")).collect::<Vec<_>>());
+            all.map(|app| app.join("working-set.json")).find(|list| list.exists())
+        };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(list) = find() {
+                return list;
+            }
+            assert!(Instant::now() < deadline, "no list of what the app touched is written");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn zygote_says(&self, text: &str) -> bool {
+        self.zygotes().iter().any(|zygote| fs::read_to_string(zygote.join("lock")).is_ok_and(|log| log.contains(text)))
+    }
+
     /// Processes that have a path of this place on their command line.
     fn processes(&self) -> Vec<String> {
         let lines = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
@@ -81,6 +103,18 @@ fn applications_are_clones_of_a_template_that_warms_itself() {
     desktop.wait_for_window(&mut second, named("second"));
     println!("to the first window: {warmed:?}, warm: {:?}", start.elapsed());
     assert!(!second.said().contains("not warm yet") && !second.said().contains("booting"), "{}", second.said());
+
+    // What the app touched while it started the next one has beforehand. It is a hint: a damaged list is no harm.
+    let list = place.wait_for_working_set();
+    let mut third = place.run(Some(&desktop), &words(&foot("third")));
+    desktop.wait_for_window(&mut third, named("third"));
+    drop(third);
+    assert!(!place.zygote_says("nothing beforehand"));
+    fs::write(list, "{}").unwrap();
+    let mut fourth = place.run(Some(&desktop), &words(&foot("fourth")));
+    desktop.wait_for_window(&mut fourth, named("fourth"));
+    drop(fourth);
+    assert!(place.zygote_says("nothing beforehand"));
 
     // Each is another machine, has its streams and tells how it ended.
     let ask =

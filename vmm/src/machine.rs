@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::layout::port::GED_EVENT_POWER_BUTTON;
 use devices::legacy::{IoApic, Serial};
@@ -12,6 +12,7 @@ use hypervisor::Vm;
 use passthrough::Grants;
 use virtio_devices::device::Memory;
 use virtio_devices::mapping::Mapping;
+use virtio_devices::pmem;
 use virtio_devices::transport::PciTransport;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -41,7 +42,7 @@ pub struct Machine {
     pub(crate) parts: Parts,
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) plan: Plan,
-    pub(crate) _windows: Vec<Arc<Mutex<Mapping>>>,
+    pub(crate) windows: Vec<Arc<Mutex<Mapping>>>,
     /// Where files and directories can be granted, by the identifier of the device.
     pub(crate) grants: BTreeMap<String, Grants>,
     /// Restores memory while there is somebody who could touch it.
@@ -151,6 +152,15 @@ impl Machine {
     #[must_use]
     pub fn ram(&self) -> &Memory {
         &self.ram
+    }
+
+    /// The images that the guest sees as memory: identifiers of their devices, addresses in this process and lengths in bytes.
+    pub(crate) fn images(&self) -> impl Iterator<Item = (String, u64, u64)> {
+        let devices = self.plan.devices.iter().filter(|device| device.window.is_some());
+        devices.zip(&self.windows).filter(|(device, _)| device.kind == pmem::KIND.name).map(|(device, window)| {
+            let window = window.lock().unwrap_or_else(PoisonError::into_inner);
+            (device.id.clone(), window.host_address(), window.len())
+        })
     }
 
     /// The serial port, if there is one.

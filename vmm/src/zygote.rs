@@ -30,7 +30,7 @@ use pool::{Pool, Seat};
 use crate::build::Confinement;
 use crate::control::{Outcome, Vmm, VmmError, host_facts, ping};
 use crate::process;
-use crate::snapshot::{Snapshot, SnapshotError, Template};
+use crate::snapshot::{Snapshot, SnapshotError, Template, WorkingSet};
 
 /// How long nobody may want a clone before another is made for the pool: who has just got one is to have the CPUs.
 const QUIET: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
@@ -194,7 +194,8 @@ impl Zygote {
             return Err("two descriptors have the same purpose".into());
         }
         let devices = self.template.state.plan.devices.iter().map(|d| d.id.as_str());
-        let known: BTreeSet<&str> = ["api", "owner", "serial", "console"].into_iter().chain(devices).collect();
+        let known: BTreeSet<&str> =
+            ["api", "owner", "serial", "console", "working-set"].into_iter().chain(devices).collect();
         let list = || known.iter().copied().collect::<Vec<_>>().join(", ");
         match names.difference(&known).next() {
             Some(name) => Err(format!("a descriptor is for {name}, and a clone has {}", list())),
@@ -239,6 +240,12 @@ impl Zygote {
         };
         let mut handed: BTreeMap<String, OwnedFd> = config.fds.iter().cloned().zip(fds).collect();
         let server = handed.remove("api").map(Server::from_listener).transpose()?;
+        if let Some(list) = handed.remove("working-set") {
+            match WorkingSet::read_from(list.into(), self.template.state.plan.ram.iter().map(|range| range.len).sum()) {
+                Ok(set) => chassis.have(&set, &self.template.state.plan),
+                Err(e) => log::warn!("the clone has nothing beforehand: {e}"),
+            }
+        }
         if let Some(owner) = handed.remove("owner") {
             vmm.end_with(owner);
         }

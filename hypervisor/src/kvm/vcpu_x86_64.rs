@@ -8,8 +8,10 @@ use std::sync::Arc;
 use arch::cpuid::CpuidEntry;
 use arch::lapic::{LAPIC_PAGE_SIZE, connect_local_interrupts};
 use arch::regs::{CpuRegs, DescriptorTable, Segment};
-use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_regs, kvm_segment};
+use kvm_bindings::{KVMIO, kvm_dtable, kvm_fpu, kvm_pre_fault_memory, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+use vmm_sys_util::ioctl_iowr_nr;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::Shared;
@@ -109,6 +111,18 @@ impl KvmVcpu {
     }
 }
 
+ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kvm_pre_fault_memory);
+
+/// Does some of `range`, and makes it what is left.
+#[expect(unsafe_code, reason = "kvm-ioctls does not have the call")]
+fn pre_fault_some(vcpu: &VcpuFd, range: &mut kvm_pre_fault_memory) -> io::Result<()> {
+    // SAFETY: the kernel reads and writes the structure, which is of the call's type, and changes nothing else of this process.
+    match unsafe { ioctl_with_mut_ref(vcpu, KVM_PRE_FAULT_MEMORY(), range) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 fn segment(s: &Segment) -> kvm_segment {
     kvm_segment {
         base: s.base,
@@ -176,6 +190,22 @@ impl Vcpu for KvmVcpu {
             Ok(_) => Ok(()),
             Err(errno) => Err(Error::Operation { what: "pause a vCPU", source: io::Error::from_raw_os_error(errno) }),
         }
+    }
+
+    fn pre_fault(&mut self, start: u64, len: u64) -> Result<bool, Error> {
+        let mut range = kvm_pre_fault_memory { gpa: start, size: len, ..kvm_pre_fault_memory::default() };
+        while range.size > 0 {
+            match pre_fault_some(&self.fd, &mut range) {
+                Ok(()) => {}
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {}
+                // No such call, or no tables of the processor's to enter anything into.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL | libc::EOPNOTSUPP)) => {
+                    return Ok(false);
+                }
+                Err(source) => return Err(Error::Operation { what: "enter memory beforehand", source }),
+            }
+        }
+        Ok(true)
     }
 
     fn save(&self) -> Result<VcpuState, Error> {

@@ -26,6 +26,7 @@ mod terminal;
 pub mod vm;
 pub mod vms;
 mod warm;
+mod working_set;
 
 use std::{path::Path, process::ExitCode, sync::Arc};
 
@@ -167,7 +168,7 @@ fn start(home: &Home, settings: &Settings, signals: &Signals, options: &RunOptio
     }
     let cloned = Warm::of(home, settings).and_then(|warm| {
         let mut zygote = warm.ready(settings, signals, tell)?;
-        Vm::clone_of(&mut zygote, warm.log(), settings)
+        Vm::clone_of(&mut zygote, warm.log(), settings, warm.working_set(&settings.about.app))
     });
     match cloned {
         // Booting would not help.
@@ -244,6 +245,7 @@ fn in_vm(
         then_power_off: true,
     });
     let mut relay = Relay::start(vm.connect()?, request)?;
+    vm.has_application();
     relay.run(vm, signals)
 }
 

@@ -40,6 +40,7 @@ use super::{
     signals::Signals,
     state::Origin,
     tail::{Tail, printable},
+    working_set::WorkingSet,
 };
 use crate::{
     apps::Network,
@@ -115,6 +116,8 @@ pub struct Vm {
     passt: Option<Passt>,
     /// A clone ends when this is closed, however this process ends.
     _owner: Option<UnixStream>,
+    /// What is to be kept of what a clone touches, once its application has started.
+    working_set: Option<WorkingSet>,
 }
 
 impl Vm {
@@ -165,13 +168,19 @@ impl Vm {
             boot_timeout,
             passt,
             _owner: None,
+            working_set: None,
         };
         written?;
         Ok(vm)
     }
 
-    /// Asks a zygote, whose messages are in `log`, for a clone.
-    pub fn clone_of(zygote: &mut Client, log: PathBuf, settings: &Settings) -> Result<Self, RunError> {
+    /// Asks a zygote, whose messages are in `log`, for a clone that has the app's working set beforehand.
+    pub fn clone_of(
+        zygote: &mut Client,
+        log: PathBuf,
+        settings: &Settings,
+        working_set: WorkingSet,
+    ) -> Result<Self, RunError> {
         let mut folder = RunFolder::create(&settings.about, Origin::Clone)?;
         folder.update(|state| state.zygote_log = Some(log.clone()))?;
         let listen = |name: &str| UnixListener::bind(folder.path(name)).map_err(io_error("listen for the VM"));
@@ -184,16 +193,19 @@ impl Vm {
         let console = Tail::new(console, settings.debug).kept_in(journal);
         let (passt, socket) = (settings.network == Network::Internet).then(Passt::start).transpose()?.unzip();
         let (owner, owned) = UnixStream::pair().map_err(io_error("make a socket for the VM"))?;
+        let known = working_set.open();
         let interface = socket.iter().map(|_| network::DEVICE);
+        let names = ["api", "owner", "console", VSOCK_DEVICE].into_iter().chain(interface);
         let config = CloneConfig {
-            fds: ["api", "owner", "console", VSOCK_DEVICE].into_iter().chain(interface).map(String::from).collect(),
+            fds: names.chain(known.iter().map(|_| "working-set")).map(String::from).collect(),
             net_deny: socket.iter().map(|_| network::denied()).next().transpose()?,
             vsock_socket: Some(folder.path(VSOCK)),
             wayland: settings.wayland.clone(),
             ..CloneConfig::default()
         };
         let fds = [api.as_fd(), owned.as_fd(), write.as_fd(), vsock.as_fd()];
-        let fds: Vec<_> = fds.into_iter().chain(socket.iter().map(AsFd::as_fd)).collect();
+        let fds: Vec<_> =
+            fds.into_iter().chain(socket.iter().map(AsFd::as_fd)).chain(known.iter().map(AsFd::as_fd)).collect();
         let info = zygote.clone_vm(config, &fds).map_err(VmError::Clone)?;
         let pid = u32::try_from(info.pid).unwrap_or_default();
         let (process, running) = (Process::Clone { pid, log }, watch(pid)?);
@@ -219,6 +231,7 @@ impl Vm {
             boot_timeout,
             passt,
             _owner: Some(owner),
+            working_set: known.is_none().then_some(working_set),
         };
         written?;
         Ok(vm)
@@ -283,6 +296,13 @@ impl Vm {
     /// Says where the home directory is that it keeps.
     pub fn keeps(&mut self, folder: &Path) -> Result<(), RunError> {
         Ok(self.folder.update(|state| state.kept = Some(folder.into()))?)
+    }
+
+    /// Its application has been started.
+    pub fn has_application(&mut self) {
+        if let Some(working_set) = self.working_set.take() {
+            working_set.record_later(self.folder.path(API));
+        }
     }
 
     /// Says that the application can run, and other commands in the VM.

@@ -28,7 +28,10 @@ use sha2::{Digest, Sha256};
 use vmm_api::{Client, ClientError, Request};
 use vmm_config::SnapshotConfig;
 
-use super::{RunError, folder, io_error, network::UNCONNECTED, options::Settings, signals::Signals, vm::Vm};
+use super::{
+    RunError, folder, io_error, network::UNCONNECTED, options::Settings, signals::Signals, vm::Vm,
+    working_set::WorkingSet,
+};
 use crate::{
     apps::Network,
     home::{Home, HomeError},
@@ -90,6 +93,11 @@ impl Warm {
     /// The zygote's messages.
     pub fn log(&self) -> PathBuf {
         self.folder.join(folder::LOCK)
+    }
+
+    /// What the VMs of an app touch while it starts.
+    pub fn working_set(&self, app: &str) -> WorkingSet {
+        WorkingSet::of(&self.snapshot, &short_hash(app.as_bytes()))
     }
 
     /// A connection to its zygote, which is started before, and the template warmed, if need be. Says so with `tell`.

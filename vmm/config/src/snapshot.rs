@@ -157,7 +157,7 @@ impl ZygoteConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct CloneConfig {
     /// What the descriptors are that come along with the request, in their order: `api`, a listening socket for the
-    /// clone's API; `owner`, a socket or pipe with whose other end the clone ends; `serial` and `console`, where text goes and input comes from; or the identifier of a device (such as
+    /// clone's API; `working-set`, a file with what it is to have before it runs, as `vm.working-set` wrote it; `owner`, a socket or pipe with whose other end the clone ends; `serial` and `console`, where text goes and input comes from; or the identifier of a device (such as
     /// `_vsock0`), a listening socket for it. What an interface (`_net0`) gets is connected, a socket or a tap; the link of one
     /// that gets nothing is down, whatever the template's was connected to.
     pub fds: Vec<String>,

@@ -202,6 +202,20 @@ impl Chassis {
         Ok(vcpus.try_for_each(|(vcpu, state)| vcpu.set_time(state))?)
     }
 
+    /// Lets the guest of a machine like `plan` have `set` before it runs: in this process, and in the hypervisor's tables, so that its first
+    /// look at a page is no exit. What cannot be had is left for the guest to touch.
+    pub fn have(&mut self, set: &WorkingSet, plan: &Plan) {
+        set.populate(&self.ram);
+        let Some(vcpu) = self.vcpus.first_mut() else { return };
+        for (start, len) in set.in_guest(plan) {
+            match vcpu.pre_fault(start, len) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(e) => log::debug!("the guest has {start:#x} not beforehand: {e}"),
+            }
+        }
+    }
+
     /// Completes the machine; it is paused.
     ///
     /// # Errors
@@ -223,7 +237,7 @@ impl Chassis {
         let vcpus = start.map_err(|source| BuildError::Host { what: "start a vCPU's thread", source })?;
         // Of what was touched here.
         ondemand.as_ref().map_or(Ok(()), OnDemand::check)?;
-        Ok(Machine { vcpus, transports, parts, vm, plan: from.plan.clone(), _windows: mappings, grants, ondemand, ram })
+        Ok(Machine { vcpus, transports, parts, vm, plan: from.plan.clone(), windows: mappings, grants, ondemand, ram })
     }
 }
 

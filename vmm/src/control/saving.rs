@@ -196,7 +196,7 @@ impl Vmm {
                        what it needs of it";
             return Err(VmmError::State(why.into()));
         }
-        let set = WorkingSet::record(machine.ram());
+        let set = WorkingSet::record(machine.ram(), machine.images());
         let set =
             set.map_err(|e| VmmError::State(format!("it cannot be found out what the machine has touched: {e}")))?;
         Ok(set.write(directory)?)

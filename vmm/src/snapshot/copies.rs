@@ -80,7 +80,7 @@ impl Copies {
     /// If the kernel does not tell which they are.
     pub fn of(memory: &Memory, ram: &[PlannedRam]) -> io::Result<Option<Self>> {
         let Some(template) = memory::template(memory) else { return Ok(None) };
-        let set = WorkingSet::record(memory)?;
+        let set = WorkingSet::record(memory, std::iter::empty())?;
         let mut places = HashMap::new();
         for offset in set.written_pages() {
             let Some(address) = memory::guest_address(ram, offset).filter(|_| places.len() < MAX_PAGES) else {

@@ -5,8 +5,9 @@
 //! the beginning, the ones that were written as copies of their own.
 #![expect(unsafe_code, reason = "madvise")]
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::ops::ControlFlow;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -18,33 +19,39 @@ use virtio_devices::mapping::{PAGE, PAGE_SIZE};
 use virtio_devices::pagemap::{Page, pages};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::plan::Plan;
+
 use super::{SnapshotError, WORKING_SET, damaged, file_error, read_file};
 
 /// The longest list that is read, in bytes.
 const MAX_LIST: u64 = 16 << 20;
 
 /// Parts of a snapshot's memory: offset and length in bytes, whole pages, in the order of the memory file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WorkingSet {
     /// What was looked at.
     read: Vec<(u64, u64)>,
     /// What was written.
     written: Vec<(u64, u64)>,
+    /// What was looked at of images that the guest sees as memory, by the identifier of the device: offsets in the image.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    images: BTreeMap<String, Vec<(u64, u64)>>,
 }
 
 impl WorkingSet {
     /// All of a memory of `len` bytes, for machines of which nothing is known.
     #[must_use]
     pub fn whole(len: u64) -> Self {
-        Self { read: vec![(0, len)], written: Vec::new() }
+        Self { read: vec![(0, len)], ..Self::default() }
     }
 
-    /// What a machine whose memory is a private mapping of the snapshot's has touched.
+    /// What a machine whose memory is a private mapping of the snapshot's has touched of that, and of its images: their identifiers,
+    /// addresses in this process and lengths.
     ///
     /// # Errors
     /// If the kernel does not tell.
-    pub fn record(memory: &Memory) -> io::Result<Self> {
+    pub fn record(memory: &Memory, shown: impl Iterator<Item = (String, u64, u64)>) -> io::Result<Self> {
         let (mut read, mut written) = (Vec::new(), Vec::new());
         let mut before = 0;
         for region in memory.iter() {
@@ -58,7 +65,17 @@ impl WorkingSet {
             })?;
             before += region.len();
         }
-        Ok(Self { read, written })
+        let mut images = BTreeMap::new();
+        for (id, address, len) in shown {
+            let list: &mut Vec<_> = images.entry(id).or_default();
+            pages(address, len, |offset, page| {
+                if page == Page::File {
+                    add(list, offset);
+                }
+                Ok(ControlFlow::Continue(()))
+            })?;
+        }
+        Ok(Self { read, written, images })
     }
 
     /// The offsets of the pages that were written.
@@ -93,10 +110,25 @@ impl WorkingSet {
         if !fs::exists(&path).map_err(file_error("look for", &path))? {
             return Ok(None);
         }
-        let this: Self = serde_json::from_slice(&read_file(&path, MAX_LIST)?)
-            .map_err(|e| damaged(&path, format!("it is no list of pages: {e}")))?;
+        Self::parse(&read_file(&path, MAX_LIST)?, len).map(Some).map_err(|why| damaged(&path, why))
+    }
+
+    /// Reads what is in `file`, for a machine whose memory has `len` bytes.
+    ///
+    /// # Errors
+    /// As [`WorkingSet::read`].
+    pub fn read_from(file: File, len: u64) -> io::Result<Self> {
+        let mut text = Vec::new();
+        if file.take(MAX_LIST + 1).read_to_end(&mut text)? as u64 > MAX_LIST {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        Self::parse(&text, len).map_err(io::Error::other)
+    }
+
+    fn parse(text: &[u8], len: u64) -> Result<Self, String> {
+        let this: Self = serde_json::from_slice(text).map_err(|e| format!("it is no list of pages: {e}"))?;
         // In order and without overlap, so that populating it takes no longer than the memory is large.
-        let fits = |list: &[(u64, u64)]| {
+        let fits = |list: &[(u64, u64)], len: u64| {
             let mut before = 0;
             list.iter().all(|(start, size)| {
                 let whole = start % PAGE_SIZE == 0 && size % PAGE_SIZE == 0 && *size > 0;
@@ -105,10 +137,30 @@ impl WorkingSet {
                 end.is_some()
             })
         };
-        match fits(&this.read) && fits(&this.written) {
-            true => Ok(Some(this)),
-            false => Err(damaged(&path, "it is about a memory of another size; record it again")),
+        // How long an image is is not known here.
+        let images = this.images.values().all(|list| fits(list, u64::MAX));
+        if fits(&this.read, len) && fits(&this.written, len) && images {
+            Ok(this)
+        } else {
+            Err("it is about a memory of another size; record it again".into())
         }
+    }
+
+    /// The parts of it that a machine like `plan` has, as guest addresses and lengths, whole pages: first what was written.
+    pub fn in_guest(&self, plan: &Plan) -> impl Iterator<Item = (u64, u64)> {
+        let mut parts = Vec::new();
+        for list in [&self.written, &self.read] {
+            let mut before = 0_u64;
+            for range in &plan.ram {
+                parts.extend(list.iter().filter_map(|part| within(*part, before, range.len, range.start)));
+                before = before.saturating_add(range.len);
+            }
+        }
+        for (device, window) in plan.devices.iter().filter_map(|device| Some((device, device.window?))) {
+            let list = self.images.get(&device.id).map(Vec::as_slice).unwrap_or_default();
+            parts.extend(list.iter().filter_map(|part| within(*part, 0, window.len, window.start)));
+        }
+        parts.into_iter()
     }
 
     /// Lets `memory` have these pages. What the host refuses is left for the guest to touch.
@@ -139,6 +191,13 @@ impl WorkingSet {
             before = end;
         }
     }
+}
+
+/// The part of a list's entry that lies in `len` bytes from `before` on, where these are at `start`.
+fn within((from, size): (u64, u64), before: u64, len: u64, start: u64) -> Option<(u64, u64)> {
+    let (first, last) = (from.max(before), from.saturating_add(size).min(before.saturating_add(len)));
+    let size = last.checked_sub(first).filter(|size| *size > 0)?;
+    Some((start.checked_add(first - before)?, size))
 }
 
 /// Adds a page that comes after those in `list`.
@@ -179,14 +238,14 @@ mod tests {
         first.write_obj(1u8, GuestAddress(0x3000)).unwrap();
         first.write_obj(1u8, GuestAddress((1 << 32) + 0x5000)).unwrap();
         let _: u8 = first.read_obj(GuestAddress((1 << 32) + 0x10_0000)).unwrap();
-        let set = WorkingSet::record(&first).unwrap();
+        let set = WorkingSet::record(&first, std::iter::empty()).unwrap();
         assert_eq!(set.written, [(0x3000, PAGE_SIZE), ((1 << 20) + 0x5000, PAGE_SIZE)]);
         assert!(is_in(&set.read, 0x20_0000), "{set:?}");
         let second = memory();
-        let none = WorkingSet::record(&second).unwrap();
+        let none = WorkingSet::record(&second, std::iter::empty()).unwrap();
         assert_eq!((none.written.len(), none.read.len()), (0, 0));
         set.populate(&second);
-        let after = WorkingSet::record(&second).unwrap();
+        let after = WorkingSet::record(&second, std::iter::empty()).unwrap();
         assert_eq!(after.written, set.written);
         assert!(is_in(&after.read, 0x20_0000), "{after:?}");
         let byte: u8 = second.read_obj(GuestAddress(0x3000)).unwrap();
@@ -194,10 +253,38 @@ mod tests {
     }
 
     #[test]
+    fn parts_are_where_the_guest_has_them() {
+        let page = PAGE_SIZE;
+        // Two ranges of memory, one page and many, and a list's entry that lies in both.
+        let both = (0, 3 * page);
+        assert_eq!(within(both, 0, page, 0), Some((0, page)));
+        assert_eq!(within(both, page, 100 * page, 1 << 32), Some((1 << 32, 2 * page)));
+        assert_eq!(within((2 * page, page), page, 100 * page, 1 << 32), Some(((1 << 32) + page, page)));
+        for outside in [(page, page), (u64::MAX - page, page), (u64::MAX - 1, u64::MAX)] {
+            assert_eq!(within(outside, 0, page, 0), None);
+        }
+        assert_eq!(within((page, page), 0, 2 * page, u64::MAX), None);
+    }
+
+    #[test]
+    fn what_was_looked_at_of_an_image_is_known_too() {
+        let image = memory();
+        let _: u8 = image.read_obj(GuestAddress((1 << 32) + 0x10_0000)).unwrap();
+        let shown = image.iter().nth(1).map(|region| ("_pmem0".to_owned(), region.as_ptr() as u64, region.len()));
+        let set = WorkingSet::record(&memory(), shown.into_iter()).unwrap();
+        assert_eq!((set.read.len(), set.written.len()), (0, 0));
+        assert!(is_in(&set.images["_pmem0"], 0x10_0000), "{set:?}");
+        let text = serde_json::to_vec(&set).unwrap();
+        assert_eq!(WorkingSet::parse(&text, LEN).unwrap(), set);
+        let damaged = r#"{"read":[],"written":[],"images":{"_pmem0":[[4096,8192],[4096,4096]]}}"#;
+        assert!(WorkingSet::parse(damaged.as_bytes(), LEN).is_err());
+    }
+
+    #[test]
     fn it_is_kept_beside_the_snapshot() {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(WorkingSet::read(directory.path(), LEN).unwrap(), None);
-        let set = WorkingSet { read: vec![(0, 4096)], written: vec![(LEN - 4096, 4096)] };
+        let set = WorkingSet { read: vec![(0, 4096)], written: vec![(LEN - 4096, 4096)], ..WorkingSet::default() };
         set.write(directory.path()).unwrap();
         assert_eq!(WorkingSet::read(directory.path(), LEN).unwrap(), Some(set));
         let refusal = |len| WorkingSet::read(directory.path(), len).unwrap_err().to_string();
@@ -218,8 +305,9 @@ mod tests {
     fn a_host_that_refuses_is_no_harm() {
         let memory = memory();
         // Not a part of this memory: left out.
-        WorkingSet { read: vec![(LEN, 4096), (u64::MAX - 4095, 4096)], written: Vec::new() }.populate(&memory);
+        let outside = vec![(LEN, 4096), (u64::MAX - 4095, 4096)];
+        WorkingSet { read: outside, ..WorkingSet::default() }.populate(&memory);
         WorkingSet::whole(LEN).populate(&memory);
-        assert_eq!(WorkingSet::record(&memory).unwrap(), WorkingSet::whole(LEN));
+        assert_eq!(WorkingSet::record(&memory, std::iter::empty()).unwrap(), WorkingSet::whole(LEN));
     }
 }
