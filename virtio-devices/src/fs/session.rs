@@ -1,7 +1,7 @@
 //! A FUSE session: carries out what [`super::parse`] understood, on the tree of grants.
 
 use passthrough::tree::Found;
-use passthrough::{Attributes, Entry, Errno, Name, ROOT, Time, Tree};
+use passthrough::{Attributes, Entry, Errno, Name, Time, Tree};
 use zerocopy::IntoBytes;
 
 use super::parse::{Owner, Request};
@@ -18,8 +18,8 @@ const MAX_LIST: usize = 64 << 10;
 const PAGE: u32 = 4096;
 /// Requests the driver has under way in the background (read-ahead).
 const MAX_BACKGROUND: u16 = 64;
-/// Seconds for which the driver may rely on names and attributes beneath a grant; what the host changes is seen after
-/// that. Grants themselves are looked up each time.
+/// Seconds for which the driver may rely on names and attributes; what the host changes is seen after that. A grant that was taken back
+/// is no longer served in any case: who opens it by a name that was known is told ESTALE, and Linux looks the name up again.
 const VALID: u64 = 1;
 /// Bytes of the longest name (NAME_MAX).
 const NAME_MAX: u32 = 255;
@@ -158,7 +158,7 @@ impl Session {
             Request::SyncFileSystem => return tree.sync_file_systems().map(|()| Reply::EMPTY),
             request => return self.opened(node, request),
         };
-        Ok(Reply::of(&entry_out(self.owner, node, &found)))
+        Ok(Reply::of(&entry_out(self.owner, &found)))
     }
 
     /// Requests about what is open.
@@ -168,11 +168,11 @@ impl Session {
             Request::Open(flags) => Ok(handle(tree.open(node, flags)?)),
             Request::Create { name, mode, flags } => {
                 let created = tree.create(node, &name, mode, flags)?;
-                Ok(self.created(node, created))
+                Ok(self.created(created))
             }
             Request::CreateUnnamed { mode, flags } => {
                 let created = tree.create_unnamed(node, mode, flags)?;
-                Ok(self.created(node, created))
+                Ok(self.created(created))
             }
             Request::OpenDirectory => Ok(handle(tree.open_directory(node)?)),
             Request::ReadDirectory { handle, offset, size, plus } => {
@@ -214,8 +214,8 @@ impl Session {
         }
     }
 
-    fn created(&self, parent: u64, (found, handle): (Found, u64)) -> Reply {
-        let mut bytes = entry_out(self.owner, parent, &found).as_bytes().to_vec();
+    fn created(&self, (found, handle): (Found, u64)) -> Reply {
+        let mut bytes = entry_out(self.owner, &found).as_bytes().to_vec();
         bytes.extend_from_slice(open_out(handle).as_bytes());
         Reply::Bytes(bytes)
     }
@@ -299,13 +299,11 @@ fn attributes_out(owner: (u32, u32), attributes: &Attributes) -> Reply {
     Reply::of(&AttrOut { attr_valid: VALID.into(), attr: attr(owner, attributes), ..AttrOut::default() })
 }
 
-fn entry_out(owner: (u32, u32), parent: u64, found: &Found) -> EntryOut {
-    // A grant may be gone with the next request.
-    let valid = if parent == ROOT { 0 } else { VALID };
+fn entry_out(owner: (u32, u32), found: &Found) -> EntryOut {
     EntryOut {
         nodeid: found.node.into(),
-        entry_valid: valid.into(),
-        attr_valid: valid.into(),
+        entry_valid: VALID.into(),
+        attr_valid: VALID.into(),
         attr: attr(owner, &found.attributes),
         ..EntryOut::default()
     }
@@ -315,7 +313,7 @@ fn entry_out(owner: (u32, u32), parent: u64, found: &Found) -> EntryOut {
 fn look(tree: &mut Tree, owner: (u32, u32), parent: u64, entry: &Entry) -> EntryOut {
     let name = if entry.is_dot() { Err(Errno::INVAL) } else { Name::new(&entry.name) };
     let found = name.and_then(|name| tree.lookup(parent, &name));
-    found.map_or_else(|_| EntryOut::default(), |found| entry_out(owner, parent, &found))
+    found.map_or_else(|_| EntryOut::default(), |found| entry_out(owner, &found))
 }
 
 /// Extended attributes, if there is room for them; or the room that they need, if there is none at all.

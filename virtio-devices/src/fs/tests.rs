@@ -200,7 +200,7 @@ fn grants_are_in_the_root() {
     assert_eq!((plus[0].1, plus[1].1), (0, 0), "the dots are known");
     let note = guest.lookup(ROOT, "note");
     assert_eq!(note.nodeid.get(), plus[3].1);
-    assert_eq!((note.entry_valid.get(), note.attr.uid.get(), note.attr.gid.get()), (0, 1234, 4321));
+    assert_eq!((note.entry_valid.get(), note.attr.uid.get(), note.attr.gid.get()), (1, 1234, 4321));
     assert_eq!((note.attr.size.get(), note.attr.mode.get() & 0o170_000), (6, 0o100_000));
     assert_eq!(guest.error(op::LOOKUP, ROOT, &[b"secret\0"]), NOENT);
     assert_eq!(guest.error(op::READDIR, ROOT, &[read(handle, 0, 20).as_bytes()]), INVAL);
