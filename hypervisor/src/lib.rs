@@ -228,7 +228,7 @@ pub trait Vcpu: Send {
     /// (KVM_PRE_FAULT_MEMORY); both are multiples of the page size. False if the hypervisor cannot do that.
     ///
     /// # Errors
-    /// If there is no memory.
+    /// If the host has no memory for it, or the guest none there.
     fn pre_fault(&mut self, start: u64, len: u64) -> Result<bool, Error>;
 
     /// The state of a vCPU that is not running and has no access left half done.

@@ -167,6 +167,8 @@ fn requests_that_make_no_sense_are_refused() {
         refusal(&["_gpu0"], 1)
             .contains("a descriptor is for _gpu0, and a clone has _rng, api, console, owner, serial, working-set")
     );
+    assert!(refusal(&["owner"], 1).contains("neither a socket nor a pipe"));
+    assert!(refusal(&["working-set"], 1).contains("is no file"));
     let info = client.send(&Request::VmInfo).unwrap_err().to_string();
     assert!(info.contains("a zygote does not answer vm.info"), "{info}");
     client.send(&Request::VmmShutdown).unwrap();
@@ -294,7 +296,8 @@ fn clones_can_have_the_working_set_beforehand() {
     assert!(copies >= written && before >= read, "{before} and {copies} KiB, {read} and {written} recorded");
     zygote::end(pid);
     // What cannot be read is no harm.
-    let (pid, _, mut output) = api(&mut client, false, Some(Path::new("/dev/null")));
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    let (pid, _, mut output) = api(&mut client, false, Some(empty.path()));
     first_tick(&mut output);
     zygote::end(pid);
     let (_zygote, mut client) = zygote::start_with(&directory, ",prefault=on");

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use hypervisor::Hypervisor;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, fstat};
 use rustix::io::Errno;
 use signal_hook::SigId;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -197,10 +198,19 @@ impl Zygote {
         let known: BTreeSet<&str> =
             ["api", "owner", "serial", "console", "working-set"].into_iter().chain(devices).collect();
         let list = || known.iter().copied().collect::<Vec<_>>().join(", ");
-        match names.difference(&known).next() {
-            Some(name) => Err(format!("a descriptor is for {name}, and a clone has {}", list())),
-            None => Ok(()),
+        if let Some(name) = names.difference(&known).next() {
+            return Err(format!("a descriptor is for {name}, and a clone has {}", list()));
         }
+        for (name, fd) in config.fds.iter().zip(fds) {
+            let kind = fstat(fd).map(|data| FileType::from_raw_mode(data.st_mode));
+            match (name.as_str(), kind) {
+                ("owner", Ok(FileType::Socket | FileType::Fifo)) | ("working-set", Ok(FileType::RegularFile)) => {}
+                ("owner", _) => return Err("the owner's descriptor is neither a socket nor a pipe".into()),
+                ("working-set", _) => return Err("the working set's descriptor is no file".into()),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// What a child does from the fork to its end.

@@ -73,7 +73,6 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> TemplateError + use<> {
 
 /// Makes a template.
 pub fn build(home: &Home, options: &BuildOptions) -> Result<(), TemplateError> {
-    namespace::enter()?;
     let target = home.template(&options.name)?;
     // What can be wrong with the command is told before anything is fetched.
     let guest = initramfs::guest_binary(options.boot.guest.as_deref())?;
@@ -81,6 +80,7 @@ pub fn build(home: &Home, options: &BuildOptions) -> Result<(), TemplateError> {
     let source =
         root::Source { suite: &options.suite, mirror: &mirror, include: &options.include, minimal: options.minimal };
     source.packages()?;
+    namespace::enter()?;
     let mut progress = Progress::new(4);
     progress.step("kernel");
     let kernel = find_kernel(home, &options.boot, &progress)?;

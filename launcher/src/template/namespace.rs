@@ -14,8 +14,9 @@ const OPTIONS: [&str; 4] = ["--user", "--map-root-user", "--map-auto", "--mount"
 pub enum NamespaceError {
     /// There is no namespace with several users for this one.
     #[error(
-        "the files of a template have several owners, and this user may make none but its own: install the Debian package uidmap and \
-         give the user a range (usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER), or do this as root; {0}"
+        "{0}\nThe files of a template have several owners, so for who is not root it is made in a user namespace. If the user has no range of \
+         further users, install the Debian package uidmap and give one (usermod --add-subuids 100000-165535 --add-subgids \
+         100000-165535 USER); if user namespaces are switched off, do this as root"
     )]
     Refused(ToolError),
     /// This program was not started again.

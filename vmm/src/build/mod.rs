@@ -211,7 +211,7 @@ impl Chassis {
             match vcpu.pre_fault(start, len) {
                 Ok(true) => {}
                 Ok(false) => return,
-                Err(e) => log::debug!("the guest has {start:#x} not beforehand: {e}"),
+                Err(e) => return log::debug!("the guest has nothing from {start:#x} on beforehand: {e}"),
             }
         }
     }

@@ -152,7 +152,6 @@ pub(super) const CONTROL: &[Rule] = &[
     ioctl!(TERMINAL, 0x30, "TIOCGPTN: name of a pseudo-terminal"),
     ioctl!(TERMINAL, 0x31, "TIOCSPTLCK: unlock a pseudo-terminal"),
     // The same group as terminals'.
-    ioctl!(KVM, 0xd5, "KVM_PRE_FAULT_MEMORY: what a clone needs first"),
     ioctl!(TERMINAL, 0xca, "TUNSETIFF: attach to a tap"),
     ioctl!(TERMINAL, 0xd2, "TUNGETIFF: is it a tap?"),
     ioctl!(TERMINAL, 0x41, "TIOCGPTPEER: open a pseudo-terminal's other end"),

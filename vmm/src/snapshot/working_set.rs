@@ -23,6 +23,10 @@ use crate::plan::Plan;
 
 use super::{SnapshotError, WORKING_SET, damaged, file_error, read_file};
 
+/// Bytes that a machine which is told what it needs has beforehand: as copies of its own, and in common with others.
+const MOST_COPIES: u64 = 64 << 20;
+const MOST_PAGES: u64 = 512 << 20;
+
 /// The longest list that is read, in bytes.
 const MAX_LIST: u64 = 16 << 20;
 
@@ -89,9 +93,14 @@ impl WorkingSet {
     /// # Errors
     /// If it cannot be written; what was there before is there then.
     pub fn write(&self, directory: &Path) -> Result<(), SnapshotError> {
-        let (path, partial) = (directory.join(WORKING_SET), directory.join(format!("{WORKING_SET}.partial")));
+        let path = directory.join(WORKING_SET);
+        // Several machines may write one at once.
+        let partial = directory.join(format!("{WORKING_SET}.{}.partial", std::process::id()));
         let write = || -> io::Result<()> {
             let text = serde_json::to_vec(self)?;
+            if text.len() as u64 > MAX_LIST {
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
             let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&partial)?;
             file.write_all(&text)?;
             file.sync_all()?;
@@ -113,16 +122,26 @@ impl WorkingSet {
         Self::parse(&read_file(&path, MAX_LIST)?, len).map(Some).map_err(|why| damaged(&path, why))
     }
 
-    /// Reads what is in `file`, for a machine whose memory has `len` bytes.
+    /// Reads what is in `file`, for a machine whose memory has `len` bytes. Whoever ran before does not decide alone what that machine has:
+    /// of each kind there is no more than [`MOST_COPIES`] and [`MOST_PAGES`].
     ///
     /// # Errors
-    /// As [`WorkingSet::read`].
+    /// As [`WorkingSet::read`], and if it is no regular file.
     pub fn read_from(file: File, len: u64) -> io::Result<Self> {
-        let mut text = Vec::new();
-        if file.take(MAX_LIST + 1).read_to_end(&mut text)? as u64 > MAX_LIST {
-            return Err(io::ErrorKind::FileTooLarge.into());
+        let data = file.metadata()?;
+        if !data.is_file() || data.len() > MAX_LIST {
+            return Err(io::Error::other("it is no file, or one that is too large"));
         }
-        Self::parse(&text, len).map_err(io::Error::other)
+        let mut text = Vec::new();
+        file.take(MAX_LIST).read_to_end(&mut text)?;
+        let mut this = Self::parse(&text, len).map_err(io::Error::other)?;
+        let mut left = MOST_COPIES;
+        keep(&mut this.written, &mut left);
+        left = MOST_PAGES;
+        for list in std::iter::once(&mut this.read).chain(this.images.values_mut()) {
+            keep(list, &mut left);
+        }
+        Ok(this)
     }
 
     fn parse(text: &[u8], len: u64) -> Result<Self, String> {
@@ -191,6 +210,17 @@ impl WorkingSet {
             before = end;
         }
     }
+}
+
+/// Keeps of `list` what `left` bytes allow, and takes that from them.
+fn keep(list: &mut Vec<(u64, u64)>, left: &mut u64) {
+    list.retain(|(_, size)| match left.checked_sub(*size) {
+        Some(less) => {
+            *left = less;
+            true
+        }
+        None => false,
+    });
 }
 
 /// The part of a list's entry that lies in `len` bytes from `before` on, where these are at `start`.
@@ -278,6 +308,17 @@ mod tests {
         assert_eq!(WorkingSet::parse(&text, LEN).unwrap(), set);
         let damaged = r#"{"read":[],"written":[],"images":{"_pmem0":[[4096,8192],[4096,4096]]}}"#;
         assert!(WorkingSet::parse(damaged.as_bytes(), LEN).is_err());
+    }
+
+    #[test]
+    fn one_who_is_told_has_no_more_than_is_good() {
+        let file = tempfile::tempfile().unwrap();
+        let many = WorkingSet { written: vec![(0, PAGE_SIZE), (PAGE_SIZE, MOST_COPIES)], ..WorkingSet::default() };
+        serde_json::to_writer(&file, &many).unwrap();
+        std::io::Seek::rewind(&mut &file).unwrap();
+        assert_eq!(WorkingSet::read_from(file, 1 << 40).unwrap().written, [(0, PAGE_SIZE)]);
+        let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+        assert!(WorkingSet::read_from(pipe.into(), LEN).is_err(), "it would be waited for");
     }
 
     #[test]
