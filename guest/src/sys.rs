@@ -86,12 +86,19 @@ pub fn vsock_connect(cid: u32, port: u32) -> io::Result<OwnedFd> {
 pub fn with_own_terminal(command: &mut std::process::Command) {
     use std::os::unix::process::CommandExt;
     let begin = || {
+        // Who ignores the keys' signals, as a shell has its background jobs do, would hand that down.
+        for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP] {
+            // SAFETY: the default is no handler, and the process is about to become another program.
+            if unsafe { libc::signal(signal, libc::SIG_DFL) } == libc::SIG_ERR {
+                return Err(io::Error::last_os_error());
+            }
+        }
         rustix::process::setsid()?;
         rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
         Ok(())
     };
-    // SAFETY: between fork and exec the closure makes two system calls, and neither allocates nor locks: rustix enters the
-    // kernel directly, and an errno becomes an error without memory.
+    // SAFETY: between fork and exec the closure makes system calls, and none allocates or locks: rustix enters the kernel directly,
+    // signal(3) is async-signal-safe, and an errno becomes an error without memory.
     unsafe { command.pre_exec(begin) };
 }
 
