@@ -425,14 +425,7 @@ impl Application {
 
     /// Processes that belong to its VM: they have paths of its private folder on their command lines.
     fn processes(&self) -> Vec<u32> {
-        let folder = self.directory.path().to_string_lossy();
-        let all = std::fs::read_dir("/proc").expect("proc").flatten();
-        let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter(|pid| {
-            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            String::from_utf8_lossy(&line).contains(&*folder)
-        })
-        .collect()
+        programs::processes_of(self.directory.path()).into_keys().collect()
     }
 
     /// Waits until it ends by itself. Then nothing may be left: no process, no file.

@@ -7,14 +7,15 @@
 //! * [`tiny`] is a guest of a few bytes for tests that need a running machine and no Linux.
 //! * [`desktop`] is a headless compositor, and applications in VMs of their own on it.
 //! * [`session`] is a session bus of the host, with the desktop's portals, and [`dialog`] is what they show.
+//! * [`place`] is where `spectrum` keeps its templates and VMs, for one test.
 //! * [`shell`] is a guest that does what is typed.
 //! * [`agent`] is a VM of the template whose agent the test speaks to itself.
 //! * [`zygote`] makes clones, and ends them.
 //! * [`journal`] is a file that a guest writes and the host checks.
 //! * [`curl`] asks the API as people do by hand.
 //!
-//! Nothing here sleeps: every wait is for text, for the end of a process or for an answer, with a time-out that only a
-//! hang reaches ([`TIMEOUT`]).
+//! Nothing here sleeps and hopes: every wait is for text, for the end of a process or for an answer, with a time-out that only a
+//! hang reaches ([`TIMEOUT`]). Where nothing tells of what is waited for, it is looked for again and again.
 
 pub mod agent;
 pub mod curl;
@@ -23,6 +24,7 @@ pub mod dialog;
 mod initramfs;
 pub mod journal;
 mod output;
+pub mod place;
 pub mod programs;
 pub mod session;
 pub mod shell;

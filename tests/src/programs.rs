@@ -1,5 +1,6 @@
 //! Where programs and kernels are: as `scripts/build` says in the environment, or where a plain build puts them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -44,6 +45,23 @@ pub fn kernel(name: &str) -> PathBuf {
 pub fn existing(path: PathBuf) -> PathBuf {
     assert!(path.exists(), "{} is missing: build it with scripts/build", path.display());
     path
+}
+
+/// Processes that have a path in `folder` on their command line, and that line.
+///
+/// # Panics
+/// If there is no /proc.
+#[must_use]
+pub fn processes_of(folder: &Path) -> BTreeMap<u32, String> {
+    let folder = folder.to_string_lossy();
+    let all = std::fs::read_dir("/proc").expect("proc").flatten();
+    let lines = all.filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        // One that has just ended has none.
+        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+        Some((pid, String::from_utf8_lossy(&line).replace('\0', " ")))
+    });
+    lines.filter(|(_, line)| line.contains(&*folder)).collect()
 }
 
 /// Files of kernel modules and of what they need, in the order to load them.

@@ -1,84 +1,47 @@
 //! Many applications at once, some of which end badly.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use tempfile::TempDir;
 use tests::desktop::Application;
-use tests::{agent, programs};
+use tests::place::Place;
 
 const COUNT: usize = 30;
 /// How long what was killed may take to be gone, where nothing tells of it.
 const GONE_WITHIN: Duration = Duration::from_secs(120);
 
-/// A home with the template in it, a file to be granted, and a runtime folder, of the test's own.
-struct Place {
-    home: TempDir,
-    runtime: TempDir,
+/// A place, and a file to be granted.
+struct Desk {
+    place: Place,
+    letter: PathBuf,
 }
 
-impl Place {
+impl Desk {
     fn new() -> Self {
-        let home = tempfile::tempdir().unwrap();
-        fs::create_dir(home.path().join("templates")).unwrap();
-        symlink(agent::template(), home.path().join("templates/default")).unwrap();
-        fs::write(home.path().join("letter"), "dear\n").unwrap();
-        Self { home, runtime: tempfile::Builder::new().prefix("rt").tempdir().unwrap() }
-    }
-
-    fn settings(&self) -> [(&str, &Path); 2] {
-        [("SPECTRUM_HOME", self.home.path()), ("XDG_RUNTIME_DIR", self.runtime.path())]
+        let place = Place::new();
+        let letter = place.home().join("letter");
+        fs::write(&letter, "dear\n").unwrap();
+        Self { place, letter }
     }
 
     /// An application that says that it has its file.
     fn run(&self, name: &str) -> Application {
-        let letter = self.home.path().join("letter").display().to_string();
-        let options = ["--template", "default", "--name", name, "--grant", &letter];
+        let letter = self.letter.display().to_string();
         let command = ["sh", "-c", "cat /host/letter; exec sleep 1000000"];
-        Application::start_with(None, &options, &self.settings(), &command)
+        self.place.start(None, &["--name", name, "--grant", &letter], &command)
     }
 
-    fn spectrum(&self, arguments: &[&str]) -> String {
-        let mut command = Command::new(programs::program("spectrum"));
-        let output = command.args(arguments).envs(self.settings()).output().unwrap();
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    fn ps(&self) -> Vec<Value> {
-        serde_json::from_str(&self.spectrum(&["ps", "--json"])).unwrap()
-    }
-
-    /// Processes of VMMs and of zygotes of this place. A clone has its zygote's command line.
-    fn vmms(&self) -> BTreeSet<u64> {
-        let all = fs::read_dir("/proc").unwrap().flatten();
-        let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter(|pid| {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            String::from_utf8_lossy(&line).contains(&*self.runtime.path().to_string_lossy())
-        })
-        .collect()
-    }
-
-    /// Folders of VMs, whoever's.
-    fn folders(&self) -> Vec<PathBuf> {
-        let all = fs::read_dir(self.runtime.path().join("spectrum")).unwrap().flatten();
-        all.map(|entry| entry.path()).filter(|path| path.to_string_lossy().contains("/vm-")).collect()
-    }
-
-    /// Waits until there are as many processes as that.
+    /// Waits until there are as many processes of VMMs and zygotes as that.
     fn wait_for_vmms(&self, count: usize) -> BTreeSet<u64> {
         let deadline = Instant::now() + GONE_WITHIN;
         loop {
-            let vmms = self.vmms();
+            let vmms = self.place.processes();
             if vmms.len() == count {
-                return vmms;
+                return vmms.into_keys().map(u64::from).collect();
             }
             assert!(Instant::now() < deadline, "{} processes instead of {count}:\n{}", vmms.len(), describe(&vmms));
             std::thread::sleep(Duration::from_millis(50));
@@ -86,10 +49,9 @@ impl Place {
     }
 }
 
-fn describe(processes: &BTreeSet<u64>) -> String {
-    let read = |pid: &u64, file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-    let one = |pid: &u64| {
-        let line = read(pid, "cmdline").replace('\0', " ");
+fn describe(processes: &BTreeMap<u32, String>) -> String {
+    let read = |pid: &u32, file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let one = |(pid, line): (&u32, &String)| {
         let status = read(pid, "status");
         let parent = status.lines().find(|line| line.starts_with("PPid")).unwrap_or_default();
         format!("{pid} ({parent}, waits in {}): {line}\n", read(pid, "wchan"))
@@ -114,16 +76,17 @@ fn mounts() -> String {
 /// the same names. What is told is true, and nothing is left.
 #[test]
 fn of_thirty_applications_half_are_killed_and_nothing_is_left() {
-    let place = Place::new();
-    let mut first = place.run("first");
+    let desk = Desk::new();
+    let place = &desk.place;
+    let mut first = desk.run("first");
     first.hear("dear");
     drop(first);
     let mounts_before = mounts();
     // A zygote, and a clone that waits for the next.
-    let idle = place.wait_for_vmms(2);
+    let idle = desk.wait_for_vmms(2);
 
     let name = |n: usize| format!("app-{n}");
-    let mut applications: Vec<_> = (0..COUNT).map(|n| (n, place.run(&name(n)))).collect();
+    let mut applications: Vec<_> = (0..COUNT).map(|n| (n, desk.run(&name(n)))).collect();
     for (_, application) in applications.extract_if(.., |(n, _)| *n % 6 == 0) {
         kill(u64::from(application.launcher()));
     }
@@ -144,10 +107,10 @@ fn of_thirty_applications_half_are_killed_and_nothing_is_left() {
         kill(u64::from(application.launcher()));
     }
     // They are VMs of nobody: nobody has to ask for them to end.
-    place.wait_for_vmms(COUNT / 2 + 2);
+    desk.wait_for_vmms(COUNT / 2 + 2);
     drop(killed);
     for n in (2..COUNT).step_by(6) {
-        let mut again = place.run(&name(n));
+        let mut again = desk.run(&name(n));
         again.hear("dear");
         applications.push((n, again));
     }
@@ -159,21 +122,21 @@ fn of_thirty_applications_half_are_killed_and_nothing_is_left() {
     assert_eq!(told, running);
     let granted = |row: &Value| row["grants"].as_array().unwrap().len();
     assert!(rows.iter().all(|row| row["state"] == "running" && granted(row) == 1), "{rows:?}");
-    let vmms = place.wait_for_vmms(running.len() + 2);
+    let vmms = desk.wait_for_vmms(running.len() + 2);
     let told: BTreeSet<_> = rows.iter().map(|row| number(row, "pid")).collect();
     assert!(told.is_subset(&vmms) && idle.intersection(&vmms).count() >= 1, "{told:?} {vmms:?}");
-    assert_eq!(place.folders().len(), running.len());
+    assert_eq!(place.folders("vm-").len(), running.len());
 
     for (n, application) in applications {
         place.spectrum(&[if n % 2 == 0 { "stop" } else { "kill" }, &name(n)]);
         let _ = application.wait();
     }
     assert_eq!(place.ps(), [0; 0], "no VM is left");
-    assert!(place.folders().is_empty(), "{:?}", place.folders());
-    place.wait_for_vmms(2);
+    assert!(place.folders("vm-").is_empty(), "{:?}", place.folders("vm-"));
+    desk.wait_for_vmms(2);
     place.spectrum(&["template", "rm", "default"]);
-    place.wait_for_vmms(0);
-    let left: Vec<_> = fs::read_dir(place.runtime.path().join("spectrum")).unwrap().flatten().collect();
+    desk.wait_for_vmms(0);
+    let left: Vec<_> = fs::read_dir(place.runtime().join("spectrum")).unwrap().flatten().collect();
     assert!(left.is_empty(), "{left:?}");
     assert_eq!(mounts(), mounts_before);
 }

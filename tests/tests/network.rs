@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, UdpSocket};
-use std::os::unix::fs::symlink;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use tests::agent;
 use tests::desktop::{Application, Owner};
+use tests::place::Place;
 use tests::shell::{self, ask};
 use tests::{Initramfs, VmmCommand, programs};
 
@@ -181,13 +180,9 @@ fn uses_the_internet(application: &mut Application, world: &World) {
 #[test]
 fn clones_are_connected_when_they_are_made() {
     let world = World::new();
-    let (home, runtime) = (tempfile::tempdir().unwrap(), tempfile::Builder::new().prefix("rt").tempdir().unwrap());
-    fs::create_dir(home.path().join("templates")).unwrap();
-    symlink(agent::template(), home.path().join("templates/default")).unwrap();
-    let settings = [("SPECTRUM_HOME", home.path()), ("XDG_RUNTIME_DIR", runtime.path())];
-    let options = ["--template", "default", "--network", "internet"];
+    let place = Place::new();
     let [one, two] = [(); 2].map(|()| {
-        let mut application = Application::start_with(None, &options, &settings, &["bash"]);
+        let mut application = place.start(None, &["--network", "internet"], &["bash"]);
         uses_the_internet(&mut application, &world);
         assert!(!application.said().contains("booting, since"), "{}", application.said());
         application

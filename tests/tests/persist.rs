@@ -93,7 +93,7 @@ fn what_was_picked_is_granted_again(place: &Place) {
     place.spectrum(&["kill", "sh-1"]);
     drop(application);
     place.spectrum(&["home", "forget", "mine", "write"]);
-    let (_, text) = place.run("ls /host; cat ~/work/file").wait();
+    let (_, text) = place.run("ls /host; cat ~/papers/file").wait();
     assert_eq!(text, "letter\nnotes\ntwo\n");
 }
 
@@ -107,7 +107,7 @@ fn a_home_directory_is_kept_and_files_are_shared() {
     fs::write(place.path("home/letter"), "dear\n").unwrap();
 
     let first = "ls -A ~ | grep -x .profile; cat /host/letter; echo changed > /host/letter || echo refused; \
-                 echo note > /host/notes/note; mkdir ~/work; echo one > ~/work/file; ln -s file ~/work/link; stat -c %U ~; \
+                 echo note > /host/notes/note; mkdir ~/papers; echo one > ~/papers/file; ln -s file ~/papers/link; stat -c %U ~; \
                  pwd; exec sleep 1000";
     let mut application = place.run(first);
     application.hear("/home/user");
@@ -134,25 +134,26 @@ fn a_home_directory_is_kept_and_files_are_shared() {
     let refused = place.output(&["run", "office", "true"]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(said.contains("\"mine\" is in use by the VM sh-1: end it"), "{said}");
-    assert_eq!(place.spectrum(&["run", "--vm", "sh-1", "office", "cat ~/work/link /host/letter"]), "one\ndear\n");
+    assert_eq!(place.spectrum(&["run", "--vm", "sh-1", "office", "cat ~/papers/link /host/letter"]), "one\ndear\n");
     let other = place.output(&["run", "--vm", "sh-1", "--persist", "other", "sh", "-c", "true"]);
     assert!(String::from_utf8_lossy(&other.stderr).contains("is not the one of the VM sh-1"), "{other:?}");
-    let disposable = ["run", "--no-wayland", "sh", "-c", "ls ~/work /host/.home /host/notes 2>/dev/null; echo nothing"];
+    let disposable =
+        ["run", "--no-wayland", "sh", "-c", "ls ~/papers /host/.home /host/notes 2>/dev/null; echo nothing"];
     assert_eq!(place.spectrum(&disposable), "nothing\n");
 
     // Whoever comes next ends what a killed launcher has left, and has the files.
     let launcher = vms[0]["launcher_pid"].to_string();
     assert!(Command::new("kill").args(["-KILL", &launcher]).status().unwrap().success());
-    let (status, text) = place.run("cat ~/work/link; echo two > ~/work/file").wait();
+    let (status, text) = place.run("cat ~/papers/link; echo two > ~/papers/file").wait();
     assert_eq!((status.code(), text.as_str()), (Some(0), "one\n"));
-    assert_eq!(fs::read_to_string(place.path("kept/homes/mine/files/work/file")).unwrap(), "two\n");
-    let (_, text) = place.run("cat ~/work/file; ls -A ~ | grep -xc .profile").wait();
+    assert_eq!(fs::read_to_string(place.path("kept/homes/mine/files/papers/file")).unwrap(), "two\n");
+    let (_, text) = place.run("cat ~/papers/file; ls -A ~ | grep -xc .profile").wait();
     assert_eq!(text, "two\n1\n");
 
     what_was_picked_is_granted_again(&place);
 
     // A file that is opened is all there is, whatever the app has otherwise.
-    let viewer = "command = [\"sh\", \"-c\", \"cat $0; ls -A /host ~/work\"]\nwayland = false\npersist = \"mine\"\n\
+    let viewer = "command = [\"sh\", \"-c\", \"cat $0; ls -A /host ~/papers\"]\nwayland = false\npersist = \"mine\"\n\
                   mime = [\"text/plain\"]\nshares = [{ path = \"~/notes\" }]\n";
     fs::write(place.path("config/spectrum/apps/viewer.toml"), viewer).unwrap();
     let letter = place.path("home/letter").display().to_string();

@@ -1,19 +1,16 @@
 //! The user's terminal: a shell in a VM has it and gives it back, and long work shows a bar on it.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::symlink;
-use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
-use tempfile::TempDir;
-use tests::desktop::Application;
-use tests::{agent, programs};
+use tests::place::Place;
+use tests::programs;
 
 /// A terminal, and what was printed on it.
 struct Screen {
@@ -73,34 +70,19 @@ impl Screen {
     }
 }
 
-/// A home with the template in it, and a runtime folder.
-fn place() -> (TempDir, TempDir) {
-    let home = tempfile::tempdir().unwrap();
-    fs::create_dir(home.path().join("templates")).unwrap();
-    symlink(agent::template(), home.path().join("templates/default")).unwrap();
-    let runtime = tempfile::Builder::new().prefix("rt").tempdir().unwrap();
-    (home, runtime)
-}
-
 #[test]
 fn a_shell_has_a_terminal_and_gives_it_back() {
-    let (home, runtime) = place();
-    let settings: [(&str, &Path); 2] = [("SPECTRUM_HOME", home.path()), ("XDG_RUNTIME_DIR", runtime.path())];
-    let options = ["--boot", "--template", "default", "--name", "vm"];
-    let mut application = Application::start_with(None, &options, &settings, &["sh", "-c", "echo up; exec sleep 1000"]);
+    let place = Place::new();
+    let command = ["sh", "-c", "echo up; exec sleep 1000"];
+    let mut application = place.start(None, &["--boot", "--name", "vm"], &command);
     application.hear("up");
-    let spectrum = |arguments: &[&str]| {
-        let mut command = Command::new(programs::program("spectrum"));
-        command.args(arguments).envs(settings);
-        command
-    };
-    let refused = spectrum(&["exec", "--tty", "vm", "--", "true"]).output().unwrap();
+    let refused = place.output(&["exec", "--tty", "vm", "--", "true"]);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--tty needs a terminal"), "{refused:?}");
 
     let mut screen = Screen::new();
     screen.resize(30, 100);
     assert!(screen.is_cooked());
-    let mut shell = screen.give_to(spectrum(&["shell", "vm"]));
+    let mut shell = screen.give_to(place.command(&["shell", "vm"]));
     screen.say("stty size; echo $TERM; tty\r");
     screen.hear("30 100\r\n");
     screen.hear("xterm\r\n");
@@ -126,7 +108,8 @@ fn a_shell_has_a_terminal_and_gives_it_back() {
     assert!(screen.is_cooked(), "it was given back");
 
     // Whatever ends it.
-    let mut program = screen.give_to(spectrum(&["exec", "-t", "vm", "--", "sh", "-c", "echo there; exec sleep 1000"]));
+    let mut program =
+        screen.give_to(place.command(&["exec", "-t", "vm", "--", "sh", "-c", "echo there; exec sleep 1000"]));
     screen.hear("there\r\n");
     assert!(!screen.is_cooked());
     tell("-TERM", &program);
@@ -136,13 +119,12 @@ fn a_shell_has_a_terminal_and_gives_it_back() {
 
 #[test]
 fn a_template_is_warmed_beside_a_spinner() {
-    let (home, runtime) = place();
-    let settings: [(&str, &Path); 2] = [("SPECTRUM_HOME", home.path()), ("XDG_RUNTIME_DIR", runtime.path())];
+    let place = Place::new();
     let mut screen = Screen::new();
     screen.resize(24, 100);
     let mut command = Command::new("sh");
     command.args(["-c", "\"$0\" template warm default; echo status $?."]).arg(programs::program("spectrum"));
-    command.envs(settings);
+    command.envs(place.settings());
     let mut warming = screen.give_to(command);
     let what = "booting and saving it, once";
     screen.hear(&format!("spectrum: this template is not warm yet: {what}\r\n"));
@@ -152,7 +134,5 @@ fn a_template_is_warmed_beside_a_spinner() {
     screen.hear("\r\x1b[2Kstatus 0.");
     assert!(warming.wait().unwrap().success());
     // The zygote ends with it.
-    let removed =
-        Command::new(programs::program("spectrum")).args(["template", "rm", "default"]).envs(settings).status();
-    assert!(removed.unwrap().success());
+    place.spectrum(&["template", "rm", "default"]);
 }

@@ -12,13 +12,12 @@ use hypervisor::Vm;
 use passthrough::Grants;
 use virtio_devices::device::Memory;
 use virtio_devices::mapping::Mapping;
-use virtio_devices::pmem;
 use virtio_devices::transport::PciTransport;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::build::BuildError;
 use crate::memory;
-use crate::plan::Plan;
+use crate::plan::{Plan, WindowKind};
 use crate::snapshot::{MachineState, OnDemand, SavedDevice, SnapshotError};
 use crate::vcpu::Vcpus;
 
@@ -156,8 +155,9 @@ impl Machine {
 
     /// The images that the guest sees as memory: identifiers of their devices, addresses in this process and lengths in bytes.
     pub(crate) fn images(&self) -> impl Iterator<Item = (String, u64, u64)> {
-        let devices = self.plan.devices.iter().filter(|device| device.window.is_some());
-        devices.zip(&self.windows).filter(|(device, _)| device.kind == pmem::KIND.name).map(|(device, window)| {
+        let devices = self.plan.devices.iter().filter_map(|device| Some((device, device.window?)));
+        let shown = devices.zip(&self.windows).filter(|((_, planned), _)| planned.kind == WindowKind::Range);
+        shown.map(|((device, _), window)| {
             let window = window.lock().unwrap_or_else(PoisonError::into_inner);
             (device.id.clone(), window.host_address(), window.len())
         })

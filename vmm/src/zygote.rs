@@ -202,11 +202,15 @@ impl Zygote {
             return Err(format!("a descriptor is for {name}, and a clone has {}", list()));
         }
         for (name, fd) in config.fds.iter().zip(fds) {
-            let kind = fstat(fd).map(|data| FileType::from_raw_mode(data.st_mode));
-            match (name.as_str(), kind) {
-                ("owner", Ok(FileType::Socket | FileType::Fifo)) | ("working-set", Ok(FileType::RegularFile)) => {}
-                ("owner", _) => return Err("the owner's descriptor is neither a socket nor a pipe".into()),
-                ("working-set", _) => return Err("the working set's descriptor is no file".into()),
+            let is_of =
+                |kinds: &[FileType]| fstat(fd).is_ok_and(|d| kinds.contains(&FileType::from_raw_mode(d.st_mode)));
+            match name.as_str() {
+                "owner" if !is_of(&[FileType::Socket, FileType::Fifo]) => {
+                    return Err("the owner's descriptor is neither a socket nor a pipe".into());
+                }
+                "working-set" if !is_of(&[FileType::RegularFile]) => {
+                    return Err("the working set's descriptor is no file".into());
+                }
                 _ => {}
             }
         }

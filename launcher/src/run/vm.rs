@@ -98,6 +98,15 @@ enum Process {
     },
 }
 
+impl Process {
+    fn id(&self) -> u32 {
+        match self {
+            Self::Child(child) => child.id(),
+            Self::Clone { pid, .. } => *pid,
+        }
+    }
+}
+
 /// A running VMM. Dropping it ends it.
 pub struct Vm {
     process: Process,
@@ -115,7 +124,7 @@ pub struct Vm {
     /// What its interface is connected to.
     passt: Option<Passt>,
     /// A clone ends when this is closed, however this process ends.
-    _owner: Option<UnixStream>,
+    owner: Option<UnixStream>,
     /// What is to be kept of what a clone touches, once its application has started.
     working_set: Option<WorkingSet>,
 }
@@ -123,7 +132,7 @@ pub struct Vm {
 impl Vm {
     /// Starts a VMM that boots.
     pub fn boot(settings: &Settings) -> Result<Self, RunError> {
-        let mut folder = RunFolder::create(&settings.about, Origin::Boot)?;
+        let folder = RunFolder::create(&settings.about, Origin::Boot)?;
         // Both must be there before the VM: the agent connects as soon as it can, the console is open from the first line.
         let ready = UnixListener::bind(folder.path(&format!("vsock.sock_{READY_PORT}")))
             .map_err(io_error("listen for the VM"))?;
@@ -151,26 +160,9 @@ impl Vm {
                 child
             }
         };
-        let (pid, boot_timeout) = (child.id(), settings.boot_timeout);
-        let (process, running) = (Process::Child(child), watch(pid)?);
-        let written = folder.update(|state| state.vmm = ProcessId::of(pid));
-        let group = limit(&mut folder, settings, pid);
-        // From here on it is ended whatever happens.
-        let vm = Self {
-            process,
-            running,
-            group,
-            folder,
-            ready,
-            agent: None,
-            messages,
-            console,
-            boot_timeout,
-            passt,
-            _owner: None,
-            working_set: None,
-        };
-        written?;
+        let running = watch(child.id())?;
+        let mut vm = Self::noted(Process::Child(child), running, folder, (ready, console), passt, settings)?;
+        vm.messages = messages;
         Ok(vm)
     }
 
@@ -216,9 +208,24 @@ impl Vm {
         if own.ping().map_err(VmError::Clone)?.pid != info.pid {
             return Err(VmError::NoConnection("the clone is not the process that it was said to be".into()).into());
         }
+        let mut vm = Self::noted(process, running, folder, (ready, console), passt, settings)?;
+        vm.owner = Some(owner);
+        vm.working_set = known.is_none().then_some(working_set);
+        Ok(vm)
+    }
+
+    /// A VMM that runs, which is written down. From here on it is ended whatever happens.
+    fn noted(
+        process: Process,
+        running: Running,
+        mut folder: RunFolder,
+        (ready, console): (UnixListener, Tail),
+        passt: Option<Passt>,
+        settings: &Settings,
+    ) -> Result<Self, RunError> {
+        let pid = process.id();
         let written = folder.update(|state| state.vmm = ProcessId::of(pid));
-        let (boot_timeout, group) = (settings.boot_timeout, limit(&mut folder, settings, pid));
-        // From here on it is ended whatever happens.
+        let group = limit(&mut folder, settings, pid);
         let vm = Self {
             process,
             running,
@@ -228,10 +235,10 @@ impl Vm {
             agent: None,
             messages: None,
             console,
-            boot_timeout,
+            boot_timeout: settings.boot_timeout,
             passt,
-            _owner: Some(owner),
-            working_set: known.is_none().then_some(working_set),
+            owner: None,
+            working_set: None,
         };
         written?;
         Ok(vm)

@@ -166,7 +166,8 @@ impl WorkingSet {
     }
 
     /// The parts of it that a machine like `plan` has, as guest addresses and lengths, whole pages: first what was written.
-    pub fn in_guest(&self, plan: &Plan) -> impl Iterator<Item = (u64, u64)> {
+    #[must_use]
+    pub fn in_guest(&self, plan: &Plan) -> Vec<(u64, u64)> {
         let mut parts = Vec::new();
         for list in [&self.written, &self.read] {
             let mut before = 0_u64;
@@ -179,7 +180,7 @@ impl WorkingSet {
             let list = self.images.get(&device.id).map(Vec::as_slice).unwrap_or_default();
             parts.extend(list.iter().filter_map(|part| within(*part, 0, window.len, window.start)));
         }
-        parts.into_iter()
+        parts
     }
 
     /// Lets `memory` have these pages. What the host refuses is left for the guest to touch.

@@ -1,16 +1,12 @@
 //! foot in a VM of its own: from `spectrum run` to its first surface on the host, as a clone and with a boot; and what
 //! each of many takes.
 
-use std::os::unix::fs::symlink;
-use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
 use serde_json::Value;
-use tempfile::TempDir;
 use tests::desktop::{Application, Desktop};
-use tests::{agent, programs};
+use tests::place::Place;
 
 use super::tap::{Commit, Tap};
 use crate::report::{self, Report, Samples};
@@ -22,32 +18,23 @@ const REST: Duration = Duration::from_secs(60);
 /// How long until the launcher has asked what an application touched while it started.
 const SETTLED: Duration = Duration::from_secs(10);
 
-/// A template that is nobody else's, a desktop, and a socket of it that is watched.
-struct Place {
-    home: TempDir,
-    runtime: TempDir,
+/// A place, a desktop, and a socket of it that is watched.
+struct Desk {
+    place: Place,
     tap: Tap,
     _desktop: Desktop,
 }
 
-impl Place {
+impl Desk {
     fn new() -> Result<Self, Failure> {
-        let home = tempfile::tempdir()?;
-        std::fs::create_dir(home.path().join("templates"))?;
-        symlink(agent::template(), home.path().join("templates/default"))?;
-        let runtime = tempfile::Builder::new().prefix("rt").tempdir()?;
-        let desktop = Desktop::new();
-        let tap = Tap::new(runtime.path().join("wayland-tap"), desktop.wayland())?;
-        Ok(Self { home, runtime, tap, _desktop: desktop })
-    }
-
-    fn settings(&self) -> [(&str, &Path); 2] {
-        [("SPECTRUM_HOME", self.home.path()), ("XDG_RUNTIME_DIR", self.runtime.path())]
+        let (place, desktop) = (Place::new(), Desktop::new());
+        let tap = Tap::new(place.runtime().join("wayland-tap"), desktop.wayland())?;
+        Ok(Self { place, tap, _desktop: desktop })
     }
 
     fn start(&self, options: &[&str]) -> Application {
         let options = [&["--template", "default"], options].concat();
-        Application::start_at(Some(self.tap.socket()), &options, &self.settings(), &["foot", "cat"])
+        Application::start_at(Some(self.tap.socket()), &options, &self.place.settings(), &["foot", "cat"])
     }
 
     /// Seconds to the first commit, and to the first one with a picture.
@@ -67,10 +54,7 @@ impl Place {
 
     /// The processes of the VMMs and those of their launchers.
     fn processes(&self) -> Result<[Vec<Pid>; 2], Failure> {
-        let mut command = Command::new(programs::program("spectrum"));
-        let output = command.args(["ps", "--json"]).envs(self.settings()).output()?;
-        let rows: Value = serde_json::from_slice(&output.stdout)?;
-        let rows = rows.as_array().ok_or("spectrum ps prints no array")?;
+        let rows = self.place.ps();
         let of = |key: &str| -> Result<Vec<Pid>, Failure> {
             let pid = |row: &Value| Pid::from_raw(i32::try_from(row[key].as_i64()?).ok()?);
             rows.iter().map(|row| pid(row).ok_or_else(|| format!("no {key} in {row}").into())).collect()
@@ -81,12 +65,12 @@ impl Place {
 
 /// Both arms in turn.
 pub fn first_commit(runs: usize) -> Result<Vec<Report>, Failure> {
-    let place = Place::new()?;
+    let desk = Desk::new()?;
     let mut samples: [[Samples; 2]; 2] = Default::default();
     for run in 0..=runs {
         for (arm, options) in [&[][..], &["--boot"]].into_iter().enumerate() {
             // The first makes the template warm, and tells what foot needs.
-            let times = place.time(options, run == 0)?;
+            let times = desk.time(options, run == 0)?;
             if run > 0 {
                 samples.iter_mut().zip(times).for_each(|(samples, time)| samples[arm].add(time));
             }
@@ -102,19 +86,19 @@ pub fn first_commit(runs: usize) -> Result<Vec<Report>, Failure> {
 
 /// That many at once.
 pub fn unique(count: usize) -> Result<Vec<Report>, Failure> {
-    let place = Place::new()?;
+    let desk = Desk::new()?;
     // Makes the template warm, and the zygote, which is not counted.
-    place.time(&[], true)?;
+    desk.time(&[], true)?;
     let before = memory::kernel_kib()?;
     let mut applications = Vec::new();
     for number in 1..=count {
-        place.tap.forget();
-        applications.push(place.start(&[]));
-        place.tap.wait(Commit::Picture)?;
+        desk.tap.forget();
+        applications.push(desk.start(&[]));
+        desk.tap.wait(Commit::Picture)?;
         eprintln!("bench: application {number} of {count}");
     }
     std::thread::sleep(REST);
-    let [vmms, launchers] = place.processes()?;
+    let [vmms, launchers] = desk.processes()?;
     if vmms.len() != count {
         return Err(format!("{} VMs run instead of {count}", vmms.len()).into());
     }
