@@ -277,7 +277,8 @@ mod tests {
             thread::scope(|scope| {
                 let point = &self.point;
                 let verdict = scope.spawn(|| point.decide(Service::Exec, target));
-                self.questions.recv().unwrap().1.send(answer).unwrap();
+                let asked = self.questions.recv_timeout(Duration::from_secs(60)).expect("the user is asked");
+                asked.1.send(answer).unwrap();
                 verdict.join().unwrap()
             })
         }

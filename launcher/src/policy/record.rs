@@ -52,13 +52,13 @@ impl Record {
         Ok(folder)
     }
 
-    /// The right to ask about `app` until the file is closed; nothing if another launcher asks about it.
-    pub fn turn_to_ask(&self, app: &str) -> io::Result<Option<File>> {
+    /// The right to ask about `app`; nothing if another launcher asks about it.
+    pub fn turn_to_ask(&self, app: &str) -> io::Result<Option<Turn>> {
         let folder = self.folder.join("asking");
         make_private(&folder)?;
         let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(folder.join(app))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(file)),
+            Ok(()) => Ok(Some(Turn(file))),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
             Err(errno) => Err(errno.into()),
         }
@@ -87,6 +87,17 @@ pub fn read(places: &Places) -> Result<String, Box<dyn std::error::Error>> {
     let folder = places.state()?;
     let failed = |error: io::Error| format!("cannot read the log in {}: {error}", folder.display());
     Ok(Record::new(folder.clone()).read().map_err(failed)?)
+}
+
+/// The right to ask, until this goes out of scope.
+#[derive(Debug)]
+pub struct Turn(File);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // A process that was forked meanwhile has the lock too, until it becomes another program: closing the file is not enough.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
 }
 
 #[cfg(test)]
@@ -119,6 +130,8 @@ mod tests {
         let turn = one.turn_to_ask("mail").unwrap();
         assert!(turn.is_some() && other.turn_to_ask("mail").unwrap().is_none());
         assert!(other.turn_to_ask("web").unwrap().is_some());
+        // As a process has it that was forked and has not become another program yet.
+        let _copy = turn.as_ref().unwrap().0.try_clone().unwrap();
         drop(turn);
         assert!(other.turn_to_ask("mail").unwrap().is_some());
     }
